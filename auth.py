@@ -1,0 +1,84 @@
+"""API keys: who is calling, and what they may do."""
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from config import ConfigurationError, Settings
+from problems import Unauthorized
+
+Scope = Literal["write", "read", "admin"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that was presented and accepted. The name may be logged; the key itself never is."""
+
+    name: str
+    scopes: frozenset[Scope]
+
+
+ROOT_KEY = Key("root", frozenset({"write", "read", "admin"}))
+
+
+class Authenticator:
+    """Knows the root key, as a digest only."""
+
+    def __init__(self, api_key: str) -> None:
+        self._digest = _digest(api_key)
+
+    def identify(self, presented: str | None) -> Key:
+        """The key's identity; raises Unauthorized. Takes the same time for every wrong key."""
+        if presented is None:
+            raise Unauthorized()
+        if not hmac.compare_digest(_digest(presented), self._digest):
+            raise Unauthorized("This API key is not valid.")
+        return ROOT_KEY
+
+
+def _digest(key: str) -> bytes:
+    # Equal lengths for compare_digest; latin-1 is how ASGI servers decode header bytes.
+    return hashlib.sha256(key.encode("latin-1")).digest()
+
+
+def api_key_in_force(settings: Settings) -> str:
+    """API_KEY; in development, where it is not set, one that is made once and kept under the data directory."""
+    if settings.api_key is not None:
+        return settings.api_key
+    if not settings.in_development:
+        raise ConfigurationError("API_KEY: not set. Make one with `openssl rand -hex 32`")
+    path = settings.data_dir / "api_key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return path.read_text().strip()
+    with open(descriptor, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+    return path.read_text().strip()
+
+
+_header = APIKeyHeader(name="X-API-Key", auto_error=False)
+_bearer = HTTPBearer(auto_error=False)
+
+
+async def identify_caller(
+    request: Request,
+    header: Annotated[str | None, Security(_header)],
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+) -> Key:
+    """The caller's key, from X-API-Key or from Authorization: Bearer."""
+    presented = header if header is not None else bearer.credentials if bearer is not None else None
+    authenticator: Authenticator = request.app.state.authenticator
+    key = authenticator.identify(presented)
+    request.state.key_name = key.name
+    return key
+
+
+Caller = Annotated[Key, Security(identify_caller)]

@@ -1,0 +1,77 @@
+"""Operator commands: python cli.py COMMAND."""
+
+import argparse
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from auth import api_key_in_force
+from config import ConfigurationError, Settings, load_settings
+from main import create_app
+
+GRACE_PERIOD_S = 20  # for requests under way when the service is told to stop
+
+
+def main() -> int:
+    """Run one command; a wrong setting is told in one line, without a traceback."""
+    parser = argparse.ArgumentParser(prog="cli.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="run the service until it is told to stop").set_defaults(run=serve)
+    arguments = parser.parse_args()
+    try:
+        return int(arguments.run(load_settings()))
+    except ConfigurationError as error:
+        print(f"audit-service: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings) -> int:
+    """Serve HTTP until SIGINT or SIGTERM, then finish the requests under way."""
+    api_key = api_key_in_force(settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_PERIOD_S,
+    )
+    server = _Server(config, _banner(settings, api_key) if settings.in_development else "")
+    # uvicorn handles both signals while it runs and raises them again afterwards: then the stop was clean.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0 if server.started else 1))
+    server.run()
+    return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, banner: str) -> None:
+        super().__init__(config)
+        self._banner = banner
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._banner, flush=True)
+
+
+def _banner(settings: Settings, api_key: str) -> str:
+    url = f"http://{settings.host}:{settings.port}"
+    return f"""
+  Audit service on {url}    API docs: {url}/docs
+  API key: {api_key}
+
+  curl -X POST {url}/events -H 'X-API-Key: {api_key}' -H 'Content-Type: application/json' \\
+       -d '{{"event_type": "LOGIN", "actor": "alice"}}'
+
+  Ctrl-C stops the service and its database.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Settings, read from the environment and from .env: the only place that does.
+
+A variable in the environment wins over the same one in .env; an empty one counts as not set.
+A wrong value stops the start with the variable's name, and never with its value.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from dotenv import dotenv_values
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+ROOT = Path(__file__).resolve().parent
+
+Environment = Literal["production", "development"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+# The values that .env.example and countless tutorials carry. Everybody knows them.
+PLACEHOLDERS = frozenset({"change-me", "changeme", "change-me-too", "your-api-key", "your_api_key"})
+
+
+class ConfigurationError(Exception):
+    """A setting is missing or wrong. The message names the variable and says what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can choose. Secrets are left out of the repr."""
+
+    environment: Environment = "production"
+    database_url: URL | None = field(default=None, repr=False)  # None: the embedded server
+    api_key: str | None = field(default=None, repr=False)
+    data_dir: Path = ROOT / ".data"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    run_migrations: bool = False
+    log_level: LogLevel = "INFO"
+    log_writes: bool = False
+
+    @property
+    def in_development(self) -> bool:
+        return self.environment == "development"
+
+
+def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | None = ROOT / ".env") -> Settings:
+    """Read every setting once; raise ConfigurationError at the first wrong one."""
+    values: dict[str, str | None] = dict(dotenv_values(env_file)) if env_file else {}
+    values.update(os.environ if environ is None else environ)
+    read = _Reader(values)
+
+    environment = read.choice("ENVIRONMENT", Settings.environment, get_args(Environment))
+    settings = Settings(
+        environment=cast(Environment, environment),
+        database_url=_read_database_url(read),
+        api_key=_read_api_key(read),
+        data_dir=Path(read.text("DATA_DIR") or Settings.data_dir).absolute(),
+        host=read.text("HOST") or Settings.host,
+        port=read.port("PORT", Settings.port),
+        run_migrations=read.boolean("RUN_MIGRATIONS"),
+        log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
+        log_writes=read.boolean("LOG_WRITES"),
+    )
+    if not settings.in_development:
+        _refuse_placeholders(settings)
+    return settings
+
+
+def _read_database_url(read: "_Reader") -> URL | None:
+    """DATABASE_URL wins; else the DB_ parts, which DB_HOST switches on; else None."""
+    if text := read.text("DATABASE_URL"):
+        try:
+            url = make_url(text)
+        except (ArgumentError, ValueError):
+            # `from None`: the cause would carry the URL, and with it the password.
+            raise ConfigurationError("DATABASE_URL: not a URL like postgresql://user:password@host:5432/name") from None
+        if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg2"):
+            raise ConfigurationError("DATABASE_URL: must start with postgresql:// (PostgreSQL is the only database)")
+        return url.set(drivername="postgresql+psycopg2")
+    if host := read.text("DB_HOST"):
+        return URL.create(
+            "postgresql+psycopg2",
+            username=read.text("DB_USER") or "audit",
+            password=read.text("DB_PASSWORD"),
+            host=host,
+            port=read.port("DB_PORT", 5432),
+            database=read.text("DB_NAME") or "audit",
+        )
+    return None
+
+
+def _read_api_key(read: "_Reader") -> str | None:
+    key = read.text("API_KEY")
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigurationError("API_KEY: only printable ASCII characters without spaces can travel in a header")
+    return key
+
+
+def _refuse_placeholders(settings: Settings) -> None:
+    password = settings.database_url.password if settings.database_url is not None else None
+    for name, value in {"API_KEY": settings.api_key, "DB_PASSWORD": password}.items():
+        if value in PLACEHOLDERS:
+            raise ConfigurationError(
+                f"{name}: still a placeholder, which anybody can guess. Make one with "
+                f"`openssl rand -hex 32`, or set ENVIRONMENT=development on a machine of your own"
+            )
+
+
+class _Reader:
+    """Typed access to variables; each method names the variable it refuses."""
+
+    def __init__(self, values: Mapping[str, str | None]) -> None:
+        self._values = values
+
+    def text(self, name: str) -> str | None:
+        return self._values.get(name) or None
+
+    def boolean(self, name: str) -> bool:
+        value = (self.text(name) or "false").lower()
+        if value not in ("true", "false", "1", "0", "yes", "no"):
+            raise ConfigurationError(f"{name}: must be true or false")
+        return value in ("true", "1", "yes")
+
+    def port(self, name: str, default: int) -> int:
+        value = self.text(name) or str(default)
+        if not (value.isascii() and value.isdecimal() and 0 < int(value) < 65536):
+            raise ConfigurationError(f"{name}: must be a port number, 1 to 65535")
+        return int(value)
+
+    def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(name) or default
+        if value not in allowed:
+            raise ConfigurationError(f"{name}: must be one of {', '.join(allowed)}")
+        return value

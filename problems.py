@@ -1,0 +1,191 @@
+"""Every way a request can fail, and how each becomes application/problem+json (RFC 9457).
+
+Problem
+├── BadRequest                 400
+│   ├── MalformedBody          400
+│   └── InvalidCursor          400
+├── Unauthorized               401
+├── NotFound                   404
+│   └── EventNotFound          404
+├── MethodNotAllowed           405
+├── BodyTooLarge               413
+├── UnsupportedMediaType       415
+├── InvalidFields              422
+├── InternalError              500
+└── Unavailable                503, with Retry-After
+    ├── DatabaseUnavailable    503
+    ├── SchemaNotReady         503
+    └── OutcomeUnknown         503
+
+A class's docstring is the sentence a caller reads when no more is known; `code` never changes.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("audit.problems")
+
+
+class Problem(Exception):
+    """The request failed."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, detail: str | None = None, errors: Sequence[Mapping[str, str]] = ()) -> None:
+        self.detail = detail or (type(self).__doc__ or "").strip()
+        self.errors = list(errors)
+        super().__init__(self.detail)
+
+
+class BadRequest(Problem):
+    """The request could not be understood."""
+
+    status, code, title = 400, "bad-request", "Bad request"
+
+
+class MalformedBody(BadRequest):
+    """The body is not well-formed JSON in UTF-8."""
+
+    code, title = "malformed-body", "Malformed body"
+
+
+class InvalidCursor(BadRequest):
+    """This cursor is not one that the service gave. Start without a cursor."""
+
+    code, title = "invalid-cursor", "Invalid cursor"
+
+
+class Unauthorized(Problem):
+    """A valid API key is needed, in X-API-Key or in Authorization: Bearer."""
+
+    status, code, title = 401, "unauthorized", "Unauthorized"
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="audit"'}
+
+
+class NotFound(Problem):
+    """There is nothing at this path."""
+
+    status, code, title = 404, "not-found", "Not found"
+
+
+class EventNotFound(NotFound):
+    """There is no event with this id."""
+
+    code, title = "event-not-found", "Event not found"
+
+
+class MethodNotAllowed(Problem):
+    """This path does not answer that method."""
+
+    status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class BodyTooLarge(Problem):
+    """The body is larger than this call accepts."""
+
+    status, code, title = 413, "body-too-large", "Body too large"
+
+
+class UnsupportedMediaType(Problem):
+    """The body must be sent with Content-Type: application/json."""
+
+    status, code, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class InvalidFields(Problem):
+    """At least one field or parameter is wrong; `errors` names each."""
+
+    status, code, title = 422, "invalid-fields", "Invalid fields"
+
+
+class InternalError(Problem):
+    """Internal error. The log has the detail under this request id."""
+
+
+class Unavailable(Problem):
+    """The service cannot answer now. Try again."""
+
+    status, code, title = 503, "unavailable", "Unavailable"
+    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database does not answer. Nothing was stored; try again."""
+
+    code, title = "database-unavailable", "Database unavailable"
+
+
+class SchemaNotReady(Unavailable):
+    """The database schema is not at the revision this service needs. Run: alembic upgrade head"""
+
+    code, title = "schema-not-ready", "Schema not ready"
+    headers: Mapping[str, str] = {"Retry-After": "5"}
+
+
+class OutcomeUnknown(Unavailable):
+    """The connection was lost during the commit: the event may or may not be stored. Look before sending it again."""
+
+    code, title = "outcome-unknown", "Outcome unknown"
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make a problem document of every exception a route raises; telemetry.py has the ones nobody foresaw."""
+    app.exception_handler(Problem)(_handle_problem)
+    app.exception_handler(HTTPException)(_handle_http_exception)
+    app.exception_handler(RequestValidationError)(_handle_validation_error)
+
+
+def field_errors(errors: Sequence[Any], *prefix: str) -> list[dict[str, str]]:
+    """Pydantic's errors as `{location, message}`; location is dotted, like `body.metadata.size`."""
+    return [{"location": ".".join(map(str, (*prefix, *error["loc"]))), "message": error["msg"]} for error in errors]
+
+
+def document(problem: Problem, request_id: str | None) -> dict[str, Any]:
+    """The problem document's members (RFC 9457 section 3.1) and two of ours: errors, request_id."""
+    members: dict[str, Any] = {
+        "type": f"urn:audit:problem:{problem.code}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    if problem.errors:
+        members["errors"] = problem.errors
+    if request_id is not None:
+        members["request_id"] = request_id
+    return members
+
+
+def respond(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    """The HTTP response for a problem."""
+    body = json.dumps(document(problem, getattr(request.state, "request_id", None)))
+    return Response(
+        body,
+        status_code=problem.status,
+        headers={**problem.headers, **(headers or {})},
+        media_type="application/problem+json",
+    )
+
+
+async def _handle_problem(request: Request, problem: Problem) -> Response:
+    if problem.status >= 500:
+        logger.warning("%s: %s", problem.code, problem.detail, exc_info=problem.__cause__)
+    return respond(request, problem)
+
+
+async def _handle_http_exception(request: Request, error: HTTPException) -> Response:
+    """Starlette's own refusals: no route, or a route without that method."""
+    refusals: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
+    return respond(request, refusals.get(error.status_code, BadRequest)(), error.headers)
+
+
+async def _handle_validation_error(request: Request, error: RequestValidationError) -> Response:
+    return respond(request, InvalidFields(errors=field_errors(error.errors())))

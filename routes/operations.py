@@ -1,0 +1,40 @@
+"""/health, /ready and /metrics: for orchestrators and monitoring, without a key."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """The service can take events."""
+
+    status: Literal["ready"] = "ready"
+    revision: str
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Alive: says nothing of the database, so that an outage of it does not get the service restarted."""
+    return Health()
+
+
+@router.get("/ready")
+def ready(request: Request) -> Readiness:
+    """Migrated and writable; else 503 with the reason."""
+    return Readiness(revision=request.app.state.database.check_ready())
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,196 @@
+"""What a client may send and what it gets, as pydantic models.
+
+Every model is strict and refuses unknown fields: a typo must not lose data or widen a query.
+"""
+
+import ipaddress
+import math
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from problems import InvalidFields, MalformedBody, field_errors
+
+MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
+MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
+MAX_METADATA_DEPTH = 32
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+_EVENT_EXAMPLE: dict[str, Any] = {
+    "event_type": "order.create",
+    "actor": "alice",
+    "timestamp": "2026-11-24T09:30:00.000000Z",
+    "tenant": "acme",
+    "resource": "order/1234",
+    "outcome": "success",
+    "source": "shop",
+    "source_ip": "203.0.113.7",
+    "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+    "metadata": {"amount": 99.5, "currency": "EUR"},
+}
+
+
+def _refuse_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain the NUL character, which PostgreSQL cannot store")
+    return text
+
+
+def _require_rfc3339(value: object) -> object:
+    if isinstance(value, str) and not _RFC3339.fullmatch(value):
+        raise ValueError("must be an RFC 3339 date-time with an offset, like 2026-11-24T09:30:00Z")
+    return value
+
+
+def _to_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie in the years 1 to 9999, in UTC") from None
+
+
+def format_timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC, always with six fractional digits and Z."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _normalise_ip(text: str) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("must be an IPv4 or IPv6 address") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+        raise ValueError("must not carry a zone, which means nothing outside its host")
+    return str(address)
+
+
+def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    _check_json(metadata, MAX_METADATA_DEPTH)
+    return metadata
+
+
+def _check_json(value: object, depth: int) -> None:
+    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged."""
+    if depth == 0:
+        raise ValueError(f"must not nest deeper than {MAX_METADATA_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, member in value.items():
+            _refuse_nul(key)
+            _check_json(member, depth - 1)
+    elif isinstance(value, list):
+        for member in value:
+            _check_json(member, depth - 1)
+    elif isinstance(value, str):
+        _refuse_nul(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must not contain a number outside the range of IEEE 754 doubles")
+    elif isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
+        raise ValueError(f"must not contain an integer beyond ±{MAX_SAFE_INTEGER}; send it as a string")
+
+
+Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_refuse_nul)]
+Text1024 = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_refuse_nul)]
+TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\z")]
+IpAddress = Annotated[str, AfterValidator(_normalise_ip)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
+Outcome = Literal["success", "failure", "denied", "unknown"]
+Timestamp = Annotated[AwareDatetime, BeforeValidator(_require_rfc3339), AfterValidator(_to_utc)]
+TimestampOut = Annotated[datetime, PlainSerializer(format_timestamp, when_used="json")]
+
+
+class EventIn(BaseModel):
+    """An event as a client sends it: who did what, and optionally when, to what, from where."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [_EVENT_EXAMPLE]})
+
+    event_type: Text255 = Field(description="What happened, like LOGIN or order.create")
+    actor: Text255 = Field(description="Who did it: a user or a service")
+    timestamp: Timestamp | None = Field(None, description="When it happened; the server's clock where left out")
+    tenant: Text255 | None = Field(None, description="Whose log it belongs to, where several share one service")
+    resource: Text1024 | None = Field(None, description="What it was done to, like order/1234")
+    outcome: Outcome | None = None
+    source: Text255 | None = Field(None, description="The service that reported it")
+    source_ip: IpAddress | None = Field(None, description="Where the actor came from")
+    trace_id: TraceId | None = Field(None, description="W3C trace id, 32 lower-case hex digits")
+    metadata: Metadata | None = Field(None, description="Anything else: a JSON object with I-JSON numbers")
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "EventIn":
+        if len(self.model_dump_json(exclude_none=True)) > MAX_EVENT_BYTES:
+            raise ValueError(f"the event is larger than {MAX_EVENT_BYTES} bytes of JSON")
+        return self
+
+
+class Event(BaseModel):
+    """An event as it stands in the log."""
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra={"examples": [{"id": 1, **_EVENT_EXAMPLE, "recorded_at": "2026-11-24T09:30:00.012345Z"}]},
+    )
+
+    id: int = Field(description="Position in the log: 1, 2, 3 … in the order of commits")
+    event_type: str
+    actor: str
+    timestamp: TimestampOut
+    recorded_at: TimestampOut = Field(description="When it was committed here; rises with id")
+    tenant: str | None
+    resource: str | None
+    outcome: str | None
+    source: str | None
+    source_ip: str | None
+    trace_id: str | None
+    metadata: dict[str, Any] | None
+
+
+class EventPage(BaseModel):
+    """Events, newest first, and where the next page begins."""
+
+    events: list[Event]
+    next_cursor: str | None = Field(description="Send it as `cursor` for the next page; null on the last")
+
+
+class EventFilter(BaseModel):
+    """Which events to list. All conditions hold together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    actor: Text255 | None = None
+    event_type: Text255 | None = None
+    start: Timestamp | None = Field(None, description="The earliest timestamp, inclusive")
+    end: Timestamp | None = Field(None, description="The latest timestamp, exclusive")
+    limit: int = Field(100, ge=1, le=1000)
+    cursor: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
+        None, description="`next_cursor` of the page before, with the same filters"
+    )
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "EventFilter":
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ValueError("start must be earlier than end")
+        return self
+
+
+def parse_event(body: bytes) -> EventIn:
+    """One event from a JSON body; raises MalformedBody or InvalidFields, which names each wrong field."""
+    try:
+        return EventIn.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        if errors[0]["type"] == "json_invalid":
+            raise MalformedBody(errors[0]["msg"]) from None
+        raise InvalidFields(errors=field_errors(errors, "body")) from None

@@ -1,0 +1,126 @@
+"""What operators see of the service: one JSON log line a request, metrics, and request ids.
+
+Never a key, a body or a query string in any of them.
+"""
+
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import problems
+from config import Settings
+
+logger = logging.getLogger("audit.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Metrics:
+    """The service's own metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "audit_http_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
+        )
+        self.duration = Histogram(
+            "audit_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
+        )
+        self.events = Counter("audit_events_recorded", "Events committed to the log", registry=self.registry)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; `extra={"fields": {...}}` adds members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send every logger's lines, uvicorn's too, to standard output as JSON."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("uvicorn.access").disabled = True  # the lines below say more
+
+
+class Telemetry:
+    """ASGI middleware: gives each request an id, counts and logs it, and answers what no handler caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request = Request(scope, receive)
+        request.state.request_id = _request_id(request)
+        status: int | None = None
+
+        async def send_with_request_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request.state.request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_request_id)
+        except Exception:
+            logging.getLogger("audit.errors").exception(
+                "unhandled exception", extra={"fields": {"request_id": request.state.request_id}}
+            )
+            if status is not None:
+                raise  # the answer is under way; the server must cut the connection
+            response = problems.respond(request, problems.InternalError())
+            await response(scope, receive, send_with_request_id)
+        finally:
+            self._record(request, status, time.perf_counter() - started)
+
+    def _record(self, request: Request, status: int | None, seconds: float) -> None:
+        route = getattr(request.scope.get("route"), "path", "unmatched")
+        method = request.method if route != "unmatched" else "any"  # a client must not invent label values
+        self.metrics.requests.labels(method, route, status).inc()
+        self.metrics.duration.labels(method, route).observe(seconds)
+        settings: Settings = request.app.state.settings
+        if (method, route, status) == ("POST", "/events", 201) and not settings.log_writes:
+            return  # the event is its own record
+        fields = {
+            "method": request.method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 3),
+            "request_id": request.state.request_id,
+            "key": getattr(request.state, "key_name", None),
+        }
+        logger.info("request", extra={"fields": fields})
+
+
+def _request_id(request: Request) -> str:
+    """The caller's X-Request-ID where it is fit for a log line and a header, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
