@@ -5,19 +5,22 @@ as the problem that says so, never as a driver's exception.
 """
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 import migrations
 from cluster import Cluster, ClusterError, shared_cluster
 from config import ConfigurationError, Settings
-from problems import DatabaseUnavailable, OutcomeUnknown, SchemaNotReady
+from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem, SchemaNotReady
+
+logger = logging.getLogger("audit.db")
 
 # libpq and server parameters of every connection (PostgreSQL 15, sections 34.1.2 and 20.11).
 _CONNECT_ARGS = {
@@ -31,6 +34,7 @@ _CONNECT_ARGS = {
 }
 
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN, _READ_ONLY = "42P01", "42703", "25006"
+_READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
 
 class Database:
@@ -54,7 +58,8 @@ class Database:
             try:
                 connection.commit()
             except (OperationalError, InterfaceError) as error:
-                raise OutcomeUnknown() from error
+                logger.error("connection lost during a commit: %s", type(error.orig).__name__)
+                raise OutcomeUnknown() from None
 
     def check_ready(self) -> str:
         """The schema's revision; raises what transaction() raises, also where the database is read-only."""
@@ -62,7 +67,7 @@ class Database:
             self._schema_seen_ready = False
             self._require_schema(connection)
             if connection.scalar(text("SHOW transaction_read_only")) == "on":
-                raise DatabaseUnavailable("The database is read-only: a standby, or set so by its operator.")
+                raise DatabaseUnavailable(_READ_ONLY_DETAIL)
             return migrations.head()
 
     def close(self) -> None:
@@ -82,21 +87,29 @@ class Database:
     def _translate_errors(self) -> Iterator[None]:
         try:
             yield
-        except ProgrammingError as error:
-            if _sqlstate(error) not in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
-                raise
-            self._schema_seen_ready = False  # somebody downgraded under us: look again
-            raise SchemaNotReady() from error
-        except InternalError as error:
-            if _sqlstate(error) != _READ_ONLY:
-                raise
-            raise DatabaseUnavailable("The database is read-only: a standby, or set so by its operator.") from error
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
-            raise DatabaseUnavailable() from error
+        except PoolTimeout:
+            logger.warning("every connection of the pool is in use")
+            raise DatabaseUnavailable() from None
+        except DBAPIError as error:
+            # `from None`: the driver's exception quotes statement, parameters and rows.
+            problem = _problem_of(error)
+            self._schema_seen_ready &= not isinstance(problem, SchemaNotReady)
+            raise problem from None
 
 
-def _sqlstate(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "pgcode", None)
+def _problem_of(error: DBAPIError) -> Problem:
+    """What the caller is told; the log gets PostgreSQL's own sentence, never the values it was about."""
+    sqlstate: str | None = getattr(error.orig, "pgcode", None)
+    diagnosis = getattr(error.orig, "diag", None)
+    said = getattr(diagnosis, "message_primary", None) or str(error.orig).partition("\n")[0]
+    logger.warning("PostgreSQL: %s", said, extra={"fields": {"sqlstate": sqlstate}})
+    if sqlstate in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
+        return SchemaNotReady()
+    if sqlstate == _READ_ONLY:
+        return DatabaseUnavailable(_READ_ONLY_DETAIL)
+    if isinstance(error, (OperationalError, InterfaceError)):
+        return DatabaseUnavailable()
+    return InternalError()
 
 
 @contextmanager

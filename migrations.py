@@ -4,7 +4,6 @@ import time
 from functools import cache
 
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
@@ -43,13 +42,20 @@ def missing_revisions(connection: Connection) -> list[str]:
     A database ahead of the code (a newer release migrated it) has none missing: migrations only add
     what older code can live with, so replicas of two releases can share it during a deployment.
     """
-    current = MigrationContext.configure(connection).get_current_revision()
+    current = _current_revision(connection)
     ordered = [script.revision for script in _scripts().walk_revisions()][::-1]
     if current is None:
         return ordered
     if current not in ordered:
         return []
     return ordered[ordered.index(current) + 1 :]
+
+
+def _current_revision(connection: Connection) -> str | None:
+    if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 def upgrade(url: URL) -> None:

@@ -31,7 +31,7 @@ audit_events = Table(
     Column("source", Text),
     Column("source_ip", INET),
     Column("trace_id", Text),
-    Column("metadata", JSONB),
+    Column("metadata", JSONB(none_as_null=True)),
     Column("nonce", LargeBinary),
     Column("personal_hash", LargeBinary),
     Column("redacted_at", DateTime(timezone=True)),

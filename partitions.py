@@ -34,7 +34,7 @@ def create_coming_months(database: Database) -> list[str]:
     with database.transaction() as connection:
         if not connection.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _PARTITION_LOCK}):
             return []
-        months = connection.execute(_MISSING_MONTHS).tuples().all()
+        months = connection.execute(_MISSING_MONTHS).all()
         return [_create_partition(connection, f"audit_events_{name}", start, end) for name, start, end in months]
 
 

@@ -146,7 +146,13 @@ def install_handlers(app: FastAPI) -> None:
 
 def field_errors(errors: Sequence[Any], *prefix: str) -> list[dict[str, str]]:
     """Pydantic's errors as `{location, message}`; location is dotted, like `body.metadata.size`."""
-    return [{"location": ".".join(map(str, (*prefix, *error["loc"]))), "message": error["msg"]} for error in errors]
+    return [
+        {
+            "location": ".".join(map(str, (*prefix, *error["loc"]))),
+            "message": error["msg"].removeprefix("Value error, "),
+        }
+        for error in errors
+    ]
 
 
 def document(problem: Problem, request_id: str | None) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def respond(request: Request, problem: Problem, headers: Mapping[str, str] | Non
 
 async def _handle_problem(request: Request, problem: Problem) -> Response:
     if problem.status >= 500:
-        logger.warning("%s: %s", problem.code, problem.detail, exc_info=problem.__cause__)
+        logger.warning("%s: %s", problem.code, problem.detail)
     return respond(request, problem)
 
 

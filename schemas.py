@@ -29,6 +29,7 @@ MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_TIMESTAMP_EXPECTED = "must be an RFC 3339 date-time with an offset, like 2026-11-24T09:30:00Z"
 
 _EVENT_EXAMPLE: dict[str, Any] = {
     "event_type": "order.create",
@@ -50,17 +51,18 @@ def _refuse_nul(text: str) -> str:
     return text
 
 
-def _require_rfc3339(value: object) -> object:
-    if isinstance(value, str) and not _RFC3339.fullmatch(value):
-        raise ValueError("must be an RFC 3339 date-time with an offset, like 2026-11-24T09:30:00Z")
-    return value
-
-
-def _to_utc(moment: datetime) -> datetime:
+def _parse_timestamp(value: object) -> object:
+    """RFC 3339 section 5.6, in UTC. Digits beyond the microsecond are cut off."""
+    if not isinstance(value, str):
+        return value  # pydantic says what it expected
+    if not _RFC3339.fullmatch(value):
+        raise ValueError(_TIMESTAMP_EXPECTED)
     try:
-        return moment.astimezone(UTC)
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
     except OverflowError:
         raise ValueError("must lie in the years 1 to 9999, in UTC") from None
+    except ValueError:
+        raise ValueError(_TIMESTAMP_EXPECTED) from None
 
 
 def format_timestamp(moment: datetime) -> str:
@@ -108,7 +110,7 @@ TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\z")]
 IpAddress = Annotated[str, AfterValidator(_normalise_ip)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Outcome = Literal["success", "failure", "denied", "unknown"]
-Timestamp = Annotated[AwareDatetime, BeforeValidator(_require_rfc3339), AfterValidator(_to_utc)]
+Timestamp = Annotated[AwareDatetime, BeforeValidator(_parse_timestamp)]
 TimestampOut = Annotated[datetime, PlainSerializer(format_timestamp, when_used="json")]
 
 

@@ -12,7 +12,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +20,8 @@ import problems
 from config import Settings
 
 logger = logging.getLogger("audit.access")
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client's; a second series nobody asks for
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

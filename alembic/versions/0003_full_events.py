@@ -246,7 +246,7 @@ def _create_months() -> None:
         " FROM generate_series(date_trunc('month', CAST(:bound AS timestamptz)),"
         " now() + interval '3 months', interval '1 month') AS month"
     )
-    for name, start, end in op.get_bind().execute(months, {"bound": _partition_bound()}).tuples().all():
+    for name, start, end in op.get_bind().execute(months, {"bound": _partition_bound()}).all():
         op.execute(
             f"CREATE TABLE audit_events_{name} PARTITION OF audit_events FOR VALUES FROM ('{start}') TO ('{end}')"
         )

@@ -1,0 +1,192 @@
+"""Real PostgreSQL servers for the tests: each test that asks for one runs on every server there is.
+
+A session has a template database, made by `alembic upgrade head`; a test that writes gets a clone of it.
+"""
+
+import itertools
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
+
+import migrations
+from cluster import Cluster
+from config import Settings
+from db import embedded_binaries
+from main import create_app
+
+API_KEY = "test-key-of-the-suite"
+TEMPLATE = "audit_test_template"
+
+# Set and empty counts as not set, and a developer's .env cannot fill it.
+SCRUBBED = (
+    "API_KEY",
+    "DATABASE_URL",
+    "DATA_DIR",
+    "DB_HOST",
+    "DB_NAME",
+    "DB_PASSWORD",
+    "DB_PORT",
+    "DB_USER",
+    "ENVIRONMENT",
+    "HOST",
+    "LOG_LEVEL",
+    "LOG_WRITES",
+    "PORT",
+    "RUN_MIGRATIONS",
+)
+
+BINARIES = {"embedded": embedded_binaries()}
+if (debian_15 := Path("/usr/lib/postgresql/15/bin")).is_dir():
+    BINARIES["debian15"] = debian_15
+TEST_DATABASE_URL = os.environ.get("TEST_DATABASE_URL")
+SERVERS = [*BINARIES, *(["TEST_DATABASE_URL"] if TEST_DATABASE_URL else [])]
+
+_versions: dict[str, str] = {}
+_names = (f"audit_test_{os.getpid()}_{number}" for number in itertools.count())
+
+
+def execute(url: URL, statement: str) -> Any:
+    """Run one statement, outside a transaction; return the first column of its first row, if any."""
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        result = connection.execute(text(statement))
+        return result.scalar() if result.returns_rows else None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A PostgreSQL server on which the tests may create databases."""
+
+    admin_url: URL
+
+    def url(self, database: str) -> URL:
+        return self.admin_url.set(database=database)
+
+    @contextmanager
+    def database(self, template: str = "template1") -> Iterator[URL]:
+        """A database of one test's own, gone when the block ends."""
+        name = next(_names)
+        execute(self.admin_url, f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield self.url(name)
+        finally:
+            execute(self.admin_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scrubbed_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SCRUBBED:
+            patch.setenv(name, "")
+        yield
+
+
+@contextmanager
+def running_cluster(binaries: Path) -> Iterator[Cluster]:
+    """A server of its own on an empty data directory. It need not survive a power cut, so no fsync."""
+    with tempfile.TemporaryDirectory(prefix="audit-test-") as folder:
+        Path(folder).chmod(0o711)  # the server may run as another user than we do
+        cluster = Cluster(binaries, Path(folder) / "postgres", {"fsync": "off", "max_connections": "50"})
+        cluster.start()
+        try:
+            yield cluster
+        finally:
+            if cluster.is_running():
+                cluster.stop("immediate")
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Each server in turn, with the template database on it."""
+    if request.param == "TEST_DATABASE_URL":
+        url = make_url(str(TEST_DATABASE_URL)).set(drivername="postgresql+psycopg2")
+        yield from _with_template(Server(url), request.param)
+        return
+    with running_cluster(BINARIES[request.param]) as cluster:
+        yield from _with_template(Server(cluster.url()), request.param)
+
+
+def _with_template(server: Server, name: str) -> Iterator[Server]:
+    _versions[name] = execute(server.admin_url, "SHOW server_version")
+    execute(server.admin_url, f"DROP DATABASE IF EXISTS {TEMPLATE}")
+    execute(server.admin_url, f"CREATE DATABASE {TEMPLATE}")
+    migrations.upgrade(server.url(TEMPLATE))
+    yield server
+    execute(server.admin_url, f"DROP DATABASE {TEMPLATE}")
+
+
+@pytest.fixture(params=list(BINARIES))
+def own_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A server that one test may stop, freeze or kill."""
+    with running_cluster(BINARIES[request.param]) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def database_url(server: Server) -> Iterator[URL]:
+    """A migrated database of the test's own."""
+    with server.database(TEMPLATE) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(server: Server) -> Iterator[URL]:
+    """A database of the test's own with nothing in it."""
+    with server.database() as url:
+        yield url
+
+
+def settings_for(url: URL, **changes: Any) -> Settings:
+    return Settings(**{"database_url": url, "api_key": API_KEY, **changes})
+
+
+@contextmanager
+def running_app(settings: Settings) -> Iterator[httpx.Client]:
+    """The app behind a real HTTP server on a free port, with a client that presents the suite's key."""
+    # asyncio turns Nagle's algorithm off only where the socket says that it is TCP.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        base_url = "http://{}:{}".format(*listener.getsockname())
+        try:
+            with httpx.Client(base_url=base_url, headers={"X-API-Key": API_KEY}, timeout=30) as client:
+                yield client  # the listener queues what comes before the app has started
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def _shared_app(server: Server) -> Iterator[tuple[httpx.Client, URL]]:
+    """One service for all tests that only need an empty log: starting one takes 0.3 s."""
+    with server.database(TEMPLATE) as url, running_app(settings_for(url)) as client:
+        yield client, url
+
+
+@pytest.fixture
+def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
+    """A client of a running service whose log is empty."""
+    client, url = _shared_app
+    execute(url, "TRUNCATE audit_events")
+    yield client
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, version in _versions.items():
+        terminalreporter.write_line(f"ran on PostgreSQL {version} ({name})")
