@@ -5,10 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: run test lint clean
 
-run: export ENVIRONMENT := development
-run: export RUN_MIGRATIONS := true
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
-	@$(BIN)/python cli.py serve
+	@$(BIN)/python cli.py run
 
 test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself
 	$(BIN)/pytest

@@ -4,6 +4,7 @@ import argparse
 import signal
 import socket
 import sys
+from dataclasses import replace
 
 import uvicorn
 
@@ -19,6 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="cli.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run the service until it is told to stop").set_defaults(run=serve)
+    commands.add_parser("run", help="try it on this machine: migrate, serve, show the API key").set_defaults(run=run)
     arguments = parser.parse_args()
     try:
         return int(arguments.run(load_settings()))
@@ -29,7 +31,17 @@ def main() -> int:
 
 def serve(settings: Settings) -> int:
     """Serve HTTP until SIGINT or SIGTERM, then finish the requests under way."""
-    api_key = api_key_in_force(settings)
+    api_key_in_force(settings)  # a missing one stops the start here, in one line
+    return _serve(settings, banner=None)
+
+
+def run(settings: Settings) -> int:
+    """`make run`: serve in development, on a migrated database, and print how to send the first event."""
+    settings = replace(settings, environment="development", run_migrations=True)
+    return _serve(settings, _banner(settings, api_key_in_force(settings)))
+
+
+def _serve(settings: Settings, banner: str | None) -> int:
     config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
@@ -39,7 +51,7 @@ def serve(settings: Settings) -> int:
         server_header=False,
         timeout_graceful_shutdown=GRACE_PERIOD_S,
     )
-    server = _Server(config, _banner(settings, api_key) if settings.in_development else "")
+    server = _Server(config, banner)
     # uvicorn handles both signals while it runs and raises them again afterwards: then the stop was clean.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0 if server.started else 1))
@@ -48,15 +60,15 @@ def serve(settings: Settings) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Prints its banner once it listens."""
 
-    def __init__(self, config: uvicorn.Config, banner: str) -> None:
+    def __init__(self, config: uvicorn.Config, banner: str | None) -> None:
         super().__init__(config)
         self._banner = banner
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and self._banner:
             print(self._banner, flush=True)
 
 

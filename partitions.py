@@ -12,6 +12,7 @@ from problems import Problem
 logger = logging.getLogger("audit.partitions")
 
 _CHECK_INTERVAL_S = 3600
+_RETRY_INTERVAL_S = 60
 _PARTITION_LOCK = 0x706172746974  # "partit"; any constant will do
 
 # The months from the newest partition's upper bound to three months from now: name, from, to.
@@ -50,9 +51,11 @@ def _create_partition(connection: Connection, name: str, start: str, end: str) -
 async def keep_months_ahead(database: Database) -> None:
     """Run for ever in the background. Failing changes nothing today: there are three months to succeed."""
     while True:
+        interval_s = _CHECK_INTERVAL_S
         try:
             if created := await run_in_threadpool(create_coming_months, database):
                 logger.info("created partitions %s", ", ".join(created))
         except Problem as problem:
             logger.warning("partitions were not checked: %s", problem.detail)
-        await asyncio.sleep(_CHECK_INTERVAL_S)
+            interval_s = _RETRY_INTERVAL_S
+        await asyncio.sleep(interval_s)

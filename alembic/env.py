@@ -1,5 +1,7 @@
 """How Alembic reaches the database: one migration at a time, one replica at a time, and never a long lock."""
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +46,10 @@ def _migrate(connection: Connection) -> None:
     with context.begin_transaction():
         context.run_migrations()
 
+
+if not logging.getLogger().handlers:  # run by hand: say what happens, in plain lines
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("alembic.runtime.migration").setLevel(logging.INFO)
 
 if context.is_offline_mode():
     raise SystemExit("--sql is not supported: the migrations look at the database to adopt and to resume.")
