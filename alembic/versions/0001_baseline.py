@@ -27,10 +27,8 @@ def upgrade() -> None:
     if found:
         _refuse_another_shape(found)
         return
-    # squawk's rules on types are for new designs; this one is history, and 0003 mends it.
     op.execute(
         """
-        -- squawk-ignore prefer-bigint-over-int, prefer-text-field, prefer-timestamptz, prefer-identity
         CREATE TABLE audit_events (
             id serial PRIMARY KEY,
             event_type varchar NOT NULL,
