@@ -144,6 +144,38 @@ def install_handlers(app: FastAPI) -> None:
     app.exception_handler(RequestValidationError)(_handle_validation_error)
 
 
+_DOCUMENT_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "format": "uri"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["location", "message"],
+                "properties": {"location": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+        "request_id": {"type": "string"},
+    },
+}
+
+
+def responses(*classes: type[Problem]) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: the problems that a route may answer, beside those that any route may."""
+    documented: dict[int | str, dict[str, Any]] = {}
+    every: tuple[type[Problem], ...] = (*classes, InternalError)
+    for cls in every:
+        example = {**document(cls(), None), "request_id": "3e039e4563954a4b87bf87e7e3443a33"}
+        content = {"application/problem+json": {"schema": _DOCUMENT_SCHEMA, "example": example}}
+        documented[cls.status] = {"description": cls.title, "content": content}
+    return documented
+
+
 def field_errors(errors: Sequence[Any], *prefix: str) -> list[dict[str, str]]:
     """Pydantic's errors as `{location, message}`; location is dotted, like `body.metadata.size`."""
     return [

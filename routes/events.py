@@ -9,23 +9,39 @@ import ingest
 import queries
 from auth import Caller
 from db import Database
-from problems import BodyTooLarge, UnsupportedMediaType
-from schemas import Event, EventFilter, EventPage, parse_event
+from problems import (
+    BadRequest,
+    BodyTooLarge,
+    EventNotFound,
+    InvalidFields,
+    MalformedBody,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMediaType,
+    responses,
+)
+from schemas import Event, EventFilter, EventIn, EventPage, parse_event
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_ID = 2**63 - 1
 
-router = APIRouter(prefix="/events", tags=["events"])
+router = APIRouter(prefix="/events", tags=["events"], responses=responses(Unauthorized, InvalidFields, Unavailable))
 
 _EVENT_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EventIn"}}},
+        "content": {"application/json": {"schema": EventIn.model_json_schema()}},
     }
 }
 
 
-@router.post("", status_code=201, response_model=Event, openapi_extra=_EVENT_BODY)
+@router.post(
+    "",
+    status_code=201,
+    response_model=Event,
+    openapi_extra=_EVENT_BODY,
+    responses=responses(MalformedBody, BodyTooLarge, UnsupportedMediaType),
+)
 async def create_event(request: Request, response: Response, caller: Caller) -> Any:
     """Append one event. 201 means that it is committed."""
     event = parse_event(await read_json_body(request))
@@ -35,7 +51,7 @@ async def create_event(request: Request, response: Response, caller: Caller) -> 
     return row
 
 
-@router.get("", response_model=EventPage)
+@router.get("", response_model=EventPage, responses=responses(BadRequest))
 def list_events(request: Request, response: Response, caller: Caller, wanted: Annotated[EventFilter, Query()]) -> Any:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
     database: Database = request.app.state.database
@@ -47,7 +63,7 @@ def list_events(request: Request, response: Response, caller: Caller, wanted: An
     return page
 
 
-@router.get("/{event_id}", response_model=Event)
+@router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
 def get_event(request: Request, caller: Caller, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Any:
     """One event by its id."""
     database: Database = request.app.state.database

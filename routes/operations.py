@@ -6,6 +6,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
+from problems import Unavailable, responses
+
 router = APIRouter(tags=["operations"])
 
 
@@ -28,7 +30,7 @@ async def health() -> Health:
     return Health()
 
 
-@router.get("/ready")
+@router.get("/ready", responses=responses(Unavailable))
 def ready(request: Request) -> Readiness:
     """Migrated and writable; else 503 with the reason."""
     return Readiness(revision=request.app.state.database.check_ready())

@@ -5,10 +5,13 @@ A session has a template database, made by `alembic upgrade head`; a test that w
 
 import itertools
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from sqlalchemy.pool import NullPool
 
 import migrations
 from cluster import Cluster
-from config import Settings
+from config import ROOT, Settings
 from db import embedded_binaries
 from main import create_app
 
@@ -147,6 +150,29 @@ def empty_database_url(server: Server) -> Iterator[URL]:
     """A database of the test's own with nothing in it."""
     with server.database() as url:
         yield url
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until the condition holds, and fail where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def copy_of_the_project(folder: Path) -> None:
+    """What a clone would hold, with the changes that are not committed yet."""
+    tracked = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in tracked.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def settings_for(url: URL, **changes: Any) -> Settings:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
+from conftest import execute
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 import migrations
-from conftest import execute
+from alembic import command
 
 BARE_TABLE = """
     CREATE TABLE audit_events (
@@ -168,7 +168,9 @@ def test_a_table_of_another_shape_is_refused(empty_database_url: URL) -> None:
 
 
 def test_timestamps_with_a_time_zone_are_adopted_as_they_are(empty_database_url: URL) -> None:
-    execute(empty_database_url, "CREATE TABLE audit_events (id bigint, event_type text, actor text, timestamp timestamptz)")
+    execute(
+        empty_database_url, "CREATE TABLE audit_events (id bigint, event_type text, actor text, timestamp timestamptz)"
+    )
     execute(empty_database_url, "INSERT INTO audit_events VALUES (1, 'LOGIN', 'alice', '2024-01-01 12:00+02')")
     migrations.upgrade(empty_database_url)
     assert rows(empty_database_url, IN_UTC)[0][3].isoformat() == "2024-01-01T10:00:00"
@@ -235,7 +237,9 @@ def test_a_half_built_index_is_built_again(bare_url: URL) -> None:
 
 def test_a_writer_goes_on_while_the_table_is_prepared(bare_url: URL) -> None:
     """An old application, in a time zone of its own, writes between any two steps; its rows are carried too."""
-    old_application = create_engine(bare_url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c timezone=Asia/Tokyo"})
+    old_application = create_engine(
+        bare_url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c timezone=Asia/Tokyo"}
+    )
     written = 0
 
     def write(_c: Connection, _cursor: Any, statement: str, *_: Any) -> None:
@@ -248,9 +252,7 @@ def test_a_writer_goes_on_while_the_table_is_prepared(bare_url: URL) -> None:
         written += 1
         with old_application.connect() as connection:
             connection.execute(
-                text(
-                    "INSERT INTO audit_events VALUES (:id, 'WRITE', 'old', '2024-05-05 05:05:05') -- old application"
-                ),
+                text("INSERT INTO audit_events VALUES (:id, 'WRITE', 'old', '2024-05-05 05:05:05') -- old application"),
                 {"id": 100 + written},
             )
 

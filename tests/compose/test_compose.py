@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from conftest import copy_of_the_project, eventually, free_port
 
 from config import ROOT
 
@@ -33,25 +32,13 @@ REASON = engine_missing()
 pytestmark = [pytest.mark.compose, pytest.mark.skipif(REASON is not None, reason=f"no Docker engine: {REASON}")]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.2)
-
-
 class Stack:
     """The project, copied as a clone would have it, run under a Compose project name of its own."""
 
     def __init__(self, folder: Path) -> None:
-        tracked = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-        for name in tracked.splitlines():
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
+        copy_of_the_project(folder)
         shutil.copy(folder / ".env.example", folder / ".env")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder = folder
         # An empty variable of the environment would hide the same one in .env from Compose.
         self.environment = {name: value for name, value in os.environ.items() if value}
@@ -156,3 +143,16 @@ def test_run_migrations_makes_the_container_migrate_by_itself(stack: Stack) -> N
     eventually(stack.answers)
     assert stack.client.get("/ready").status_code == 200
     assert stack.post().json()["id"] == 1
+
+
+def test_the_backup_and_restore_of_the_runbook(stack: Stack) -> None:
+    section = (ROOT / "runbook.md").read_text().partition("## Back up and restore")[2].partition("\n## ")[0]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    ")]
+    before = stack.client.get("/events").json()
+    for command in commands:
+        subprocess.run(["bash", "-c", command], cwd=stack.folder, env=stack.environment, check=True)
+        if "pg_dump" in command:
+            assert stack.post().status_code == 201, "the service runs while it is backed up"
+    eventually(stack.answers)
+    assert stack.client.get("/events").json() == before
+    assert stack.post().json()["id"] == before["events"][0]["id"] + 1

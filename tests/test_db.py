@@ -1,0 +1,130 @@
+"""What the service says and does when its database is away, behind, read-only or wrong."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from conftest import execute, running_app, settings_for
+from sqlalchemy.engine import URL
+
+import migrations
+from alembic import command
+from cluster import Cluster
+
+LOGIN = {"event_type": "LOGIN", "actor": "alice"}
+
+
+@pytest.fixture
+def own_client(database_url: URL) -> Iterator[httpx.Client]:
+    """A service on a database of the test's own, for tests that change more than rows."""
+    with running_app(settings_for(database_url)) as client:
+        yield client
+
+
+def assert_unavailable(response: httpx.Response, code: str) -> None:
+    assert response.status_code == 503, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.json()["type"] == f"urn:audit:problem:{code}"
+    assert int(response.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_an_outage_is_a_503_and_ends_without_a_restart(own_cluster: Cluster, mode: str) -> None:
+    own_cluster.create_database("audit")
+    migrations.upgrade(own_cluster.url("audit"))
+    with running_app(settings_for(own_cluster.url("audit"))) as client:
+        assert client.post("/events", json=LOGIN).status_code == 201
+        own_cluster.stop(mode)
+        for _ in range(3):
+            assert_unavailable(client.post("/events", json=LOGIN), "database-unavailable")
+        assert_unavailable(client.get("/events"), "database-unavailable")
+        assert_unavailable(client.get("/ready"), "database-unavailable")
+        assert client.get("/health").status_code == 200
+        own_cluster.start()
+        assert client.post("/events", json=LOGIN).json()["id"] == 2
+        assert client.get("/ready").status_code == 200
+
+
+def test_a_service_started_during_an_outage_serves_after_it(own_cluster: Cluster) -> None:
+    own_cluster.create_database("audit")
+    url = own_cluster.url("audit")
+    migrations.upgrade(url)
+    own_cluster.stop()
+    with running_app(settings_for(url)) as client:
+        assert_unavailable(client.post("/events", json=LOGIN), "database-unavailable")
+        own_cluster.start()
+        assert client.post("/events", json=LOGIN).status_code == 201
+
+
+def test_before_the_migration_every_answer_names_it_and_after_it_no_restart_is_needed(empty_database_url: URL) -> None:
+    with running_app(settings_for(empty_database_url)) as client:
+        for revision in ("0001", "0002", "0003"):
+            for response in (
+                client.get("/ready"),
+                client.post("/events", json=LOGIN),
+                client.get("/events"),
+                client.get("/events/1"),
+            ):
+                assert_unavailable(response, "schema-not-ready")
+                assert f"lacks migration {revision}" in response.json()["detail"]
+                assert "alembic upgrade head" in response.json()["detail"]
+            assert client.get("/health").status_code == 200
+            command.upgrade(migrations.alembic_config(empty_database_url), revision)
+        migrations.upgrade(empty_database_url)
+        assert client.get("/ready").json() == {"status": "ready", "revision": migrations.head()}
+        assert client.post("/events", json=LOGIN).status_code == 201
+
+
+def test_a_downgrade_under_a_running_service_is_noticed(own_client: httpx.Client, database_url: URL) -> None:
+    assert own_client.post("/events", json=LOGIN).status_code == 201
+    command.downgrade(migrations.alembic_config(database_url), "0002")
+    assert_unavailable(own_client.post("/events", json=LOGIN), "schema-not-ready")
+    assert_unavailable(own_client.get("/events"), "schema-not-ready")
+    migrations.upgrade(database_url)
+    assert own_client.post("/events", json=LOGIN).json()["id"] == 2
+
+
+def test_run_migrations_migrates_at_the_start(empty_database_url: URL) -> None:
+    with running_app(settings_for(empty_database_url, run_migrations=True)) as client:
+        assert client.post("/events", json=LOGIN).status_code == 201
+
+
+def test_a_read_only_database_takes_reads_and_refuses_writes(own_client: httpx.Client, database_url: URL) -> None:
+    assert own_client.post("/events", json=LOGIN).status_code == 201
+    execute(database_url, f"ALTER DATABASE {database_url.database} SET default_transaction_read_only = on")
+    execute(
+        database_url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    assert len(own_client.get("/events").json()["events"]) == 1
+    assert_unavailable(own_client.post("/events", json=LOGIN), "database-unavailable")
+    assert "read-only" in own_client.get("/ready").json()["detail"]
+
+
+def test_a_connection_lost_during_the_commit_leaves_the_outcome_unknown(
+    own_client: httpx.Client, database_url: URL
+) -> None:
+    execute(
+        database_url,
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
+    )
+    execute(
+        database_url,
+        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON audit_events DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION die()",
+    )
+    assert_unavailable(own_client.post("/events", json=LOGIN), "outcome-unknown")
+    execute(database_url, "DROP TRIGGER die ON audit_events")
+    assert own_client.post("/events", json=LOGIN).json()["id"] == 1
+
+
+def test_an_error_nobody_foresaw_tells_the_caller_nothing(own_client: httpx.Client, database_url: URL) -> None:
+    execute(database_url, "ALTER TABLE audit_events ADD CONSTRAINT no_mallory CHECK (actor <> 'mallory')")
+    response = own_client.post("/events", json={**LOGIN, "actor": "mallory"})
+    assert response.status_code == 500
+    assert response.json()["detail"].startswith("Internal error.")
+    assert response.json()["request_id"] == response.headers["X-Request-ID"]
+    assert "mallory" not in response.text
+    assert own_client.post("/events", json=LOGIN).json()["id"] == 1

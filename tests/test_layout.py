@@ -1,0 +1,83 @@
+"""What DESIGN says of the code's shape, held true: imports point one way, docs name what exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import problems
+from config import ROOT
+from main import app
+
+# A module imports from lower layers only.
+LAYERS = [
+    {"main", "cli"},
+    {"routes"},
+    {"ingest", "queries", "auth", "partitions", "telemetry"},
+    {"models", "schemas"},
+    {"db"},
+    {"migrations", "cluster"},
+    {"config", "problems"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+PROBLEMS = [
+    value
+    for value in vars(problems).values()
+    if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
+]
+MODULES = [*ROOT.glob("*.py"), *(ROOT / "routes").glob("*.py")]
+
+
+def layer_name(path: Path) -> str:
+    return "routes" if path.parent.name == "routes" else path.stem
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    name = layer_name(path)
+    assert name in RANK, f"{name} has no layer yet: give it one"
+    own = {imported for imported in imported_modules(path) if imported in RANK}
+    allowed = {"cli": {"main"}}.get(name, set())
+    assert {imported for imported in own - allowed if RANK[imported] <= RANK[name]} == set()
+
+
+def test_only_config_reads_the_environment() -> None:
+    readers = [path.name for path in MODULES if re.search(r"os\.environ|os\.getenv|dotenv", path.read_text())]
+    assert readers == ["config.py"]
+
+
+def test_the_readme_names_every_call_and_every_error() -> None:
+    readme = (ROOT / "README.md").read_text()
+    calls = [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
+    assert [call for call in calls if f"`{call}" not in readme] == []
+    assert [cls.code for cls in PROBLEMS if f"`{cls.code}`" not in readme] == []
+
+
+def test_the_hierarchy_in_problems_is_the_real_one() -> None:
+    drawn = re.findall(r"[├└]── (\w+) +(\d+)", problems.__doc__ or "")
+    assert sorted(drawn) == sorted((cls.__name__, str(cls.status)) for cls in PROBLEMS)
+
+
+def test_every_file_at_the_top_is_on_the_map_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [path.name for path in ROOT.glob("*.py") if f"{path.name} " not in readme] == []
+
+
+def test_openapi_has_examples_and_both_kinds_of_key() -> None:
+    document = app.openapi()
+    post = document["paths"]["/events"]["post"]
+    assert post["requestBody"]["content"]["application/json"]["schema"]["examples"]
+    assert set(post["responses"]) >= {"201", "400", "401", "413", "415", "422", "503"}
+    assert document["components"]["schemas"]["Event"]["examples"]
+    assert {scheme["type"] for scheme in document["components"]["securitySchemes"].values()} == {"apiKey", "http"}
