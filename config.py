@@ -5,8 +5,10 @@ A wrong value stops the start with the variable's name, and never with its value
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -38,6 +40,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     run_migrations: bool = False
+    max_clock_skew: timedelta = timedelta(minutes=5)
+    idempotency_window: timedelta = timedelta(days=30)
     log_level: LogLevel = "INFO"
     log_writes: bool = False
 
@@ -61,6 +65,8 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         host=read.text("HOST") or Settings.host,
         port=read.port("PORT", Settings.port),
         run_migrations=read.boolean("RUN_MIGRATIONS"),
+        max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew),
+        idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
@@ -129,6 +135,16 @@ class _Reader:
         if not (value.isascii() and value.isdecimal() and 0 < int(value) < 65536):
             raise ConfigurationError(f"{name}: must be a port number, 1 to 65535")
         return int(value)
+
+    def duration(self, name: str, default: timedelta) -> timedelta:
+        value = self.text(name)
+        if value is None:
+            return default
+        parts = re.fullmatch(r"(\d{1,6})([smhd])", value, re.ASCII)
+        if parts is None:
+            raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
+        unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
+        return timedelta(**{unit: int(parts[1])})
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name) or default

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg2
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -70,6 +71,22 @@ class Database:
                 raise DatabaseUnavailable(_READ_ONLY_DETAIL)
             return migrations.head()
 
+    def dedicated_connection(self) -> psycopg2.extensions.connection:
+        """A driver's connection outside the pool, in autocommit, for a caller who says BEGIN and COMMIT.
+
+        Raises what transaction() raises.
+        """
+        with self._translate_errors(), self.engine.connect() as connection:
+            self._schema_seen_ready = False
+            self._require_schema(connection)
+        positional, named = self.engine.dialect.create_connect_args(self.url)
+        try:
+            dedicated: psycopg2.extensions.connection = psycopg2.connect(*positional, **{**named, **_CONNECT_ARGS})
+        except psycopg2.Error as error:
+            raise problem_of(error) from None
+        dedicated.autocommit = True
+        return dedicated
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -92,24 +109,27 @@ class Database:
             raise DatabaseUnavailable() from None
         except DBAPIError as error:
             # `from None`: the driver's exception quotes statement, parameters and rows.
-            problem = _problem_of(error)
+            problem = problem_of(error.orig) if isinstance(error.orig, psycopg2.Error) else InternalError()
             self._schema_seen_ready &= not isinstance(problem, SchemaNotReady)
             raise problem from None
 
 
-def _problem_of(error: DBAPIError) -> Problem:
+def problem_of(error: psycopg2.Error) -> Problem:
     """What the caller is told; the log gets PostgreSQL's own sentence, never the values it was about."""
-    sqlstate: str | None = getattr(error.orig, "pgcode", None)
-    diagnosis = getattr(error.orig, "diag", None)
-    said = getattr(diagnosis, "message_primary", None) or str(error.orig).partition("\n")[0]
-    logger.warning("PostgreSQL: %s", said, extra={"fields": {"sqlstate": sqlstate}})
-    if sqlstate in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
+    said = error.diag.message_primary or str(error).partition("\n")[0]
+    logger.warning("PostgreSQL: %s", said, extra={"fields": {"sqlstate": error.pgcode}})
+    if error.pgcode in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
         return SchemaNotReady()
-    if sqlstate == _READ_ONLY:
+    if error.pgcode == _READ_ONLY:
         return DatabaseUnavailable(_READ_ONLY_DETAIL)
-    if isinstance(error, (OperationalError, InterfaceError)):
-        return DatabaseUnavailable()
-    return InternalError()
+    return DatabaseUnavailable() if is_outage(error) else InternalError()
+
+
+def is_outage(error: psycopg2.Error) -> bool:
+    """Whether the database is at fault, not the statement. A broken connection may come as a bare DatabaseError."""
+    if isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)):
+        return True
+    return type(error) is psycopg2.DatabaseError and error.pgcode is None
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
 from db import open_database
-from partitions import keep_months_ahead
+from housekeeping import keep_house
+from ingest import Writer
 from routes import events, operations
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -28,9 +29,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if app.state.settings.run_migrations:
                 migrations.upgrade(database.url)
             app.state.database = database
-            partitions_task = asyncio.create_task(keep_months_ahead(database))
-            yield
-            partitions_task.cancel()
+            app.state.writer = Writer(database)
+            housekeeping = asyncio.create_task(keep_house(database, app.state.settings))
+            try:
+                yield
+            finally:
+                housekeeping.cancel()
+                await app.state.writer.stop()
 
     app = FastAPI(
         title="Audit service",

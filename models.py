@@ -1,7 +1,9 @@
 """The tables, as the newest migration leaves them. `alembic check` finds where the two differ."""
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -9,8 +11,10 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
+    SmallInteger,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.dialects.postgresql import INET, JSONB
 
@@ -42,6 +46,44 @@ audit_events = Table(
     CheckConstraint("octet_length(nonce) = 16", name="audit_events_nonce_has_16_bytes"),
     CheckConstraint("octet_length(personal_hash) = 32", name="audit_events_personal_hash_has_32_bytes"),
     postgresql_partition_by="RANGE (recorded_at)",
+)
+
+# One row: the tree's right edge. Whoever writes events holds its lock to the commit.
+ledger_head = Table(
+    "ledger_head",
+    metadata,
+    Column("singleton", Boolean, nullable=False, server_default=text("true")),
+    Column("first_id", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("frontier", ARRAY(LargeBinary), nullable=False),
+    Column("recorded_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("singleton", name="ledger_head_pkey"),
+    CheckConstraint("singleton", name="ledger_head_is_one_row"),
+    CheckConstraint("size >= 0", name="ledger_head_size_is_not_negative"),
+)
+
+# Full tiles of every level, and nothing else.
+ledger_tiles = Table(
+    "ledger_tiles",
+    metadata,
+    Column("level", SmallInteger, nullable=False, autoincrement=False),
+    Column("tile_index", BigInteger, nullable=False, autoincrement=False),
+    Column("hashes", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("level", "tile_index", name="ledger_tiles_pkey"),
+    CheckConstraint("octet_length(hashes) = 8192", name="ledger_tiles_hold_256_hashes"),
+)
+
+# The first answer to each key. tenant is '' where the event has none.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("tenant", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("event_id", BigInteger, nullable=False),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("recorded_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("tenant", "key", name="idempotency_keys_pkey"),
+    Index("idempotency_keys_recorded_at", "recorded_at"),
 )
 
 _columns = audit_events.c

@@ -1,18 +1,9 @@
 """The monthly partitions of audit_events: the coming ones exist before they are needed."""
 
-import asyncio
-import logging
-
 from sqlalchemy import Connection, text
-from starlette.concurrency import run_in_threadpool
 
 from db import Database
-from problems import Problem
 
-logger = logging.getLogger("audit.partitions")
-
-_CHECK_INTERVAL_S = 3600
-_RETRY_INTERVAL_S = 60
 _PARTITION_LOCK = 0x706172746974  # "partit"; any constant will do
 
 # The months from the newest partition's upper bound to three months from now: name, from, to.
@@ -46,16 +37,3 @@ def _create_partition(connection: Connection, name: str, start: str, end: str) -
         f"ALTER TABLE audit_events ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')"
     )
     return name
-
-
-async def keep_months_ahead(database: Database) -> None:
-    """Run for ever in the background. Failing changes nothing today: there are three months to succeed."""
-    while True:
-        interval_s = _CHECK_INTERVAL_S
-        try:
-            if created := await run_in_threadpool(create_coming_months, database):
-                logger.info("created partitions %s", ", ".join(created))
-        except Problem as problem:
-            logger.warning("partitions were not checked: %s", problem.detail)
-            interval_s = _RETRY_INTERVAL_S
-        await asyncio.sleep(interval_s)

@@ -8,6 +8,7 @@ Problem
 ├── NotFound                   404
 │   └── EventNotFound          404
 ├── MethodNotAllowed           405
+├── IdempotencyConflict        409
 ├── BodyTooLarge               413
 ├── UnsupportedMediaType       415
 ├── InvalidFields              422
@@ -15,6 +16,8 @@ Problem
 └── Unavailable                503, with Retry-After
     ├── DatabaseUnavailable    503
     ├── SchemaNotReady         503
+    ├── QueueFull              503
+    ├── ShuttingDown           503
     └── OutcomeUnknown         503
 
 A class's docstring is the sentence a caller reads when no more is known; `code` never changes.
@@ -89,6 +92,12 @@ class MethodNotAllowed(Problem):
     status, code, title = 405, "method-not-allowed", "Method not allowed"
 
 
+class IdempotencyConflict(Problem):
+    """This idempotency key was used before, with another event. Nothing was stored."""
+
+    status, code, title = 409, "idempotency-conflict", "Idempotency conflict"
+
+
 class BodyTooLarge(Problem):
     """The body is larger than this call accepts."""
 
@@ -96,7 +105,7 @@ class BodyTooLarge(Problem):
 
 
 class UnsupportedMediaType(Problem):
-    """The body must be sent with Content-Type: application/json."""
+    """The body's Content-Type is not one that this call accepts."""
 
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
 
@@ -131,8 +140,20 @@ class SchemaNotReady(Unavailable):
     headers: Mapping[str, str] = {"Retry-After": "5"}
 
 
+class QueueFull(Unavailable):
+    """More events are waiting to be written than this service holds. Nothing was stored; try again."""
+
+    code, title = "queue-full", "Queue full"
+
+
+class ShuttingDown(Unavailable):
+    """This process is stopping. Nothing was stored; try again, and another one answers."""
+
+    code, title = "shutting-down", "Shutting down"
+
+
 class OutcomeUnknown(Unavailable):
-    """The connection was lost during the commit: the event may or may not be stored. Look before sending it again."""
+    """The connection was lost during the commit: the event may be stored. Only a keyed retry is safe."""
 
     code, title = "outcome-unknown", "Outcome unknown"
 

@@ -6,6 +6,8 @@ Every model is strict and refuses unknown fields: a typo must not lose data or w
 import ipaddress
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -18,15 +20,18 @@ from pydantic import (
     Field,
     PlainSerializer,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
+from ledger import format_timestamp
 from problems import InvalidFields, MalformedBody, field_errors
 
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
 MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
+MAX_ERRORS = 100  # a batch of 10,000 wrong events needs no answer of megabytes
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _TIMESTAMP_EXPECTED = "must be an RFC 3339 date-time with an offset, like 2026-11-24T09:30:00Z"
@@ -63,11 +68,6 @@ def _parse_timestamp(value: object) -> object:
         raise ValueError("must lie in the years 1 to 9999, in UTC") from None
     except ValueError:
         raise ValueError(_TIMESTAMP_EXPECTED) from None
-
-
-def format_timestamp(moment: datetime) -> str:
-    """RFC 3339 in UTC, always with six fractional digits and Z."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _normalise_ip(text: str) -> str:
@@ -129,6 +129,9 @@ class EventIn(BaseModel):
     source_ip: IpAddress | None = Field(None, description="Where the actor came from")
     trace_id: TraceId | None = Field(None, description="W3C trace id, 32 lower-case hex digits")
     metadata: Metadata | None = Field(None, description="Anything else: a JSON object with I-JSON numbers")
+    idempotency_key: Text255 | None = Field(
+        None, description="Makes a retry safe: the same key, per tenant, is the same event"
+    )
 
     @model_validator(mode="after")
     def _check_size(self) -> "EventIn":
@@ -187,12 +190,55 @@ class EventFilter(BaseModel):
         return self
 
 
+class BatchReceipt(BaseModel):
+    """Where the events of a batch stand in the log, in the order in which they were sent."""
+
+    count: int = Field(description="How many events the batch had")
+    first_id: int | None = Field(description="The lowest id; null for an empty batch")
+    last_id: int | None = Field(description="The highest id; null for an empty batch")
+    ids: list[int]
+    replayed: int = Field(description="How many of them were stored before, under the same idempotency key")
+
+
+_events: TypeAdapter[list[EventIn]] = TypeAdapter(list[EventIn])
+
+
 def parse_event(body: bytes) -> EventIn:
     """One event from a JSON body; raises MalformedBody or InvalidFields, which names each wrong field."""
-    try:
+    with _named_errors("body"):
         return EventIn.model_validate_json(body)
+
+
+def parse_events(body: bytes) -> list[EventIn]:
+    """Events from a JSON array; an error's location has the event's index, like body.17.actor."""
+    with _named_errors("body"):
+        return _events.validate_json(body)
+
+
+def parse_event_lines(body: bytes) -> list[EventIn]:
+    """Events from NDJSON, one a line; empty lines are passed over. Errors name the line's index from 0."""
+    events: list[EventIn] = []
+    for index, line in enumerate(filter(None, map(bytes.strip, body.split(b"\n")))):
+        with _named_errors("body", str(index)):
+            events.append(EventIn.model_validate_json(line))
+    return events
+
+
+def event_from_members(members: dict[str, Any], names: Mapping[str, str], *location: str) -> EventIn:
+    """An event from parsed members; `names` turns a field's name into the one that the client knows."""
+    with _named_errors(*location, names=names):
+        return EventIn.model_validate(members)
+
+
+@contextmanager
+def _named_errors(*location: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         if errors[0]["type"] == "json_invalid":
-            raise MalformedBody(errors[0]["msg"]) from None
-        raise InvalidFields(errors=field_errors(errors, "body")) from None
+            raise MalformedBody(f"{'.'.join(location)}: {errors[0]['msg']}") from None
+        if names:
+            for each in errors:
+                each["loc"] = tuple(names.get(str(part), part) for part in each["loc"])
+        raise InvalidFields(errors=field_errors(errors[:MAX_ERRORS], *location)) from None

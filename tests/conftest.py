@@ -45,8 +45,10 @@ SCRUBBED = (
     "DB_USER",
     "ENVIRONMENT",
     "HOST",
+    "IDEMPOTENCY_WINDOW",
     "LOG_LEVEL",
     "LOG_WRITES",
+    "MAX_CLOCK_SKEW",
     "PORT",
     "RUN_MIGRATIONS",
 )
@@ -209,7 +211,8 @@ def _shared_app(server: Server) -> Iterator[tuple[httpx.Client, URL]]:
 def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     """A client of a running service whose log is empty."""
     client, url = _shared_app
-    execute(url, "TRUNCATE audit_events")
+    execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys")
+    execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
 
 

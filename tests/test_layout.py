@@ -14,8 +14,10 @@ from main import app
 LAYERS = [
     {"main", "cli"},
     {"routes"},
-    {"ingest", "queries", "auth", "partitions", "telemetry"},
+    {"ingest", "queries", "auth", "telemetry", "housekeeping"},
+    {"append", "partitions", "cloudevents"},
     {"models", "schemas"},
+    {"ledger"},
     {"db"},
     {"migrations", "cluster"},
     {"config", "problems"},

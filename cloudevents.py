@@ -1,0 +1,106 @@
+"""CloudEvents 1.0 over HTTP (binary, structured, batch) as events of ours. Pure functions.
+
+type → event_type, time → timestamp, subject → resource, source → source, data → metadata, and the extensions
+actor (required), tenant, outcome, sourceip, traceparent. source and id together are the idempotency key, for
+the specification makes that pair unique. datacontenttype and dataschema say how to read data and are not kept.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from problems import InvalidFields, MalformedBody
+from schemas import EventIn, event_from_members
+
+STRUCTURED = "application/cloudevents+json"
+BATCH = "application/cloudevents-batch+json"
+
+# attribute → field of EventIn
+_FIELDS = {
+    "type": "event_type",
+    "time": "timestamp",
+    "subject": "resource",
+    "source": "source",
+    "data": "metadata",
+    "actor": "actor",
+    "tenant": "tenant",
+    "outcome": "outcome",
+    "sourceip": "source_ip",
+}
+_ATTRIBUTES = {field: attribute for attribute, field in _FIELDS.items()}
+_PASSED_OVER = {"specversion", "id", "datacontenttype", "dataschema", "traceparent"}
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+
+
+def trace_id_of(traceparent: str) -> str | None:
+    """The trace id of a W3C traceparent (Trace Context section 3.2), or None where it is not one."""
+    match = _TRACEPARENT.fullmatch(traceparent.strip())
+    return match[1] if match and match[1] != "0" * 32 else None
+
+
+def is_binary(headers: Mapping[str, str]) -> bool:
+    """Whether the attributes travel in ce- headers."""
+    return "ce-specversion" in headers
+
+
+def parse_binary(headers: Mapping[str, str], body: bytes) -> EventIn:
+    """Binary mode: attributes in percent-encoded ce- headers, data in the body (HTTP binding section 3.1)."""
+    attributes: dict[str, Any] = {}
+    for name, value in headers.items():
+        if name.startswith("ce-"):
+            attributes[name[3:]] = _decode_header(name, value)
+    if body:
+        attributes["data"] = _parse_json(body)
+    return _event(attributes, "headers")
+
+
+def parse_structured(body: bytes) -> EventIn:
+    """Structured mode: one JSON object (HTTP binding section 3.2)."""
+    return _event(_parse_json(body), "body")
+
+
+def parse_batch(body: bytes) -> list[EventIn]:
+    """Batch mode: a JSON array (HTTP binding section 3.3)."""
+    array = _parse_json(body)
+    if not isinstance(array, list):
+        raise InvalidFields(errors=[{"location": "body", "message": "must be an array of CloudEvents"}])
+    return [_event(attributes, "body", str(index)) for index, attributes in enumerate(array)]
+
+
+def _event(attributes: Any, *location: str) -> EventIn:
+    if not isinstance(attributes, dict):
+        raise _invalid(location, "", "must be a CloudEvent, a JSON object")
+    if attributes.get("specversion") != "1.0":
+        raise _invalid(location, "specversion", "must be 1.0")
+    for name in ("id", "source"):
+        if not isinstance(attributes.get(name), str) or not attributes[name]:
+            raise _invalid(location, name, "must be a string that is not empty")
+    if unknown := sorted(attributes.keys() - _FIELDS.keys() - _PASSED_OVER):
+        raise _invalid(location, unknown[0], "is an attribute that this service cannot keep")
+    members = {_FIELDS[name]: value for name, value in attributes.items() if name in _FIELDS}
+    pair = f"{attributes['source']}\0{attributes['id']}".encode(errors="surrogatepass")
+    members["idempotency_key"] = f"cloudevent:{hashlib.sha256(pair).hexdigest()}"
+    if isinstance(traceparent := attributes.get("traceparent"), str):
+        members["trace_id"] = trace_id_of(traceparent)
+    return event_from_members(members, _ATTRIBUTES, *location)
+
+
+def _invalid(location: tuple[str, ...], name: str, message: str) -> InvalidFields:
+    return InvalidFields(errors=[{"location": ".".join(filter(None, (*location, name))), "message": message}])
+
+
+def _decode_header(name: str, value: str) -> str:
+    try:
+        return unquote(value.encode("latin-1").decode("utf-8"), errors="strict")
+    except UnicodeDecodeError:
+        raise _invalid(("headers",), name[3:], "must be percent-encoded UTF-8") from None
+
+
+def _parse_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedBody() from None
