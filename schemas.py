@@ -71,12 +71,20 @@ def _parse_timestamp(value: object) -> object:
 
 
 def _normalise_ip(text: str) -> str:
+    """The one spelling that PostgreSQL prints for the address, for that is what is hashed and read back."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise ValueError("must be an IPv4 or IPv6 address") from None
-    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.scope_id is not None:
         raise ValueError("must not carry a zone, which means nothing outside its host")
+    high, low = divmod(int(address), 2**32)
+    if high == 0xFFFF or (
+        high == 0 and low > 0xFFFF
+    ):  # dotted: IPv4-mapped and -compatible
+        return f"::{'ffff:' if high else ''}{ipaddress.IPv4Address(low)}"
     return str(address)
 
 

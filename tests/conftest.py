@@ -23,6 +23,7 @@ import uvicorn
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
+from verify import assert_ledger_consistent
 
 import migrations
 from cluster import Cluster
@@ -214,6 +215,7 @@ def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys")
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
+    assert_ledger_consistent(url)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

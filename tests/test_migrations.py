@@ -31,7 +31,7 @@ BARE_ROWS = f"""
            'actor-' || n % 977,
            timestamp '2023-01-01 00:00:00.000001' + n * interval '7 minutes 53.123457 seconds'
     FROM generate_series(1, {ROWS}) AS n
-"""  # noqa: S608
+"""
 NAIVE = "SELECT id, event_type, actor, timestamp FROM audit_events ORDER BY id"
 IN_UTC = "SELECT id, event_type, actor, timestamp AT TIME ZONE 'UTC' AS timestamp FROM audit_events ORDER BY id"
 

@@ -1,0 +1,107 @@
+"""CloudEvents 1.0 in its three HTTP modes."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+EVENT = {
+    "specversion": "1.0",
+    "id": "a-1",
+    "source": "/shop/orders",
+    "type": "order.create",
+    "time": "2026-01-02T03:04:05Z",
+    "subject": "order/1234",
+    "actor": "älice",
+    "tenant": "acme",
+    "outcome": "success",
+    "sourceip": "203.0.113.7",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    "datacontenttype": "application/json",
+    "data": {"amount": 99.5},
+}
+STORED = {
+    "event_type": "order.create",
+    "actor": "älice",
+    "timestamp": "2026-01-02T03:04:05.000000Z",
+    "tenant": "acme",
+    "resource": "order/1234",
+    "outcome": "success",
+    "source": "/shop/orders",
+    "source_ip": "203.0.113.7",
+    "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+    "metadata": {"amount": 99.5},
+}
+
+
+def post(client: httpx.Client, body: Any, media_type: str = "application/cloudevents+json") -> httpx.Response:
+    headers = {"Content-Type": f"{media_type}; charset=utf-8"}
+    return client.post("/events", content=httpx.Request("POST", "http://x", json=body).content, headers=headers)
+
+
+def assert_stored(event: dict[str, Any]) -> None:
+    assert {name: value for name, value in event.items() if name not in ("id", "recorded_at")} == STORED
+
+
+def test_structured(client: httpx.Client) -> None:
+    response = post(client, EVENT)
+    assert response.status_code == 201, response.text
+    assert_stored(response.json())
+
+
+def test_binary(client: httpx.Client) -> None:
+    headers = {f"ce-{name}": str(value) for name, value in EVENT.items() if name not in ("data", "datacontenttype")}
+    headers["ce-actor"] = "%C3%A4lice"  # percent-encoded UTF-8, HTTP binding section 3.1.3.2
+    response = client.post("/events", json=EVENT["data"], headers=headers)
+    assert response.status_code == 201, response.text
+    assert_stored(response.json())
+
+
+def test_batch(client: httpx.Client) -> None:
+    response = post(client, [EVENT, {**EVENT, "id": "a-2"}], "application/cloudevents-batch+json")
+    assert response.status_code == 201, response.text
+    assert response.json()["ids"] == [1, 2]
+    assert_stored(client.get("/events/2").json())
+
+
+def test_source_and_id_together_are_the_idempotency_key_in_every_mode(client: httpx.Client) -> None:
+    assert post(client, EVENT).status_code == 201
+    assert post(client, EVENT).status_code == 200
+    assert post(client, [EVENT, {**EVENT, "id": "2"}], "application/cloudevents-batch+json").json()["ids"] == [1, 2]
+    assert post(client, {**EVENT, "source": "/other"}).status_code == 201
+    assert post(client, {**EVENT, "type": "another"}).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("change", "location"),
+    [
+        ({"specversion": "0.3"}, "body.specversion"),
+        ({"id": ""}, "body.id"),
+        ({"source": None}, "body.source"),
+        ({"type": ""}, "body.type"),
+        ({"actor": None}, "body.actor"),
+        ({"time": "yesterday"}, "body.time"),
+        ({"data": "text"}, "body.data"),
+        ({"data_base64": "AAAA"}, "body.data_base64"),
+        ({"partitionkey": "x"}, "body.partitionkey"),
+    ],
+)
+def test_a_wrong_attribute_is_named_as_the_client_knows_it(
+    client: httpx.Client, change: dict[str, Any], location: str
+) -> None:
+    response = post(client, {**EVENT, **change})
+    assert response.status_code == 422
+    assert [error["location"] for error in response.json()["errors"]] == [location]
+    assert client.get("/events").json()["events"] == []
+
+
+def test_an_event_without_an_actor_is_refused(client: httpx.Client) -> None:
+    response = post(client, {name: value for name, value in EVENT.items() if name != "actor"})
+    assert [error["location"] for error in response.json()["errors"]] == ["body.actor"]
+
+
+def test_traceparent_of_a_plain_event_becomes_its_trace_id(client: httpx.Client) -> None:
+    headers = {"traceparent": str(EVENT["traceparent"])}
+    event = {"event_type": "LOGIN", "actor": "alice"}
+    assert client.post("/events", json=event, headers=headers).json()["trace_id"] == STORED["trace_id"]
+    assert client.post("/events", json=event, headers={"traceparent": "junk"}).json()["trace_id"] is None
