@@ -81,9 +81,7 @@ def _normalise_ip(text: str) -> str:
     if address.scope_id is not None:
         raise ValueError("must not carry a zone, which means nothing outside its host")
     high, low = divmod(int(address), 2**32)
-    if high == 0xFFFF or (
-        high == 0 and low > 0xFFFF
-    ):  # dotted: IPv4-mapped and -compatible
+    if high == 0xFFFF or (high == 0 and low > 0xFFFF):  # dotted: IPv4-mapped and -compatible
         return f"::{'ffff:' if high else ''}{ipaddress.IPv4Address(low)}"
     return str(address)
 

@@ -44,6 +44,12 @@ def bare_url(empty_database_url: URL) -> URL:
     return empty_database_url
 
 
+def empty(url: URL) -> None:
+    """Take everything out of the database."""
+    execute(url, "DROP SCHEMA public CASCADE")
+    execute(url, "CREATE SCHEMA public")
+
+
 def rows(url: URL, statement: str) -> list[tuple[Any, ...]]:
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return [tuple(row) for row in connection.execute(text(statement))]
@@ -93,7 +99,7 @@ def test_an_empty_database_and_an_adopted_table_end_at_the_same_schema(empty_dat
     adopted = bare_url
     migrations.upgrade(adopted)
     adopted_schema = schema(adopted)
-    execute(adopted, "DROP TABLE audit_events, alembic_version")
+    empty(adopted)
     migrations.upgrade(adopted)
     assert schema(adopted) == adopted_schema
 
@@ -216,14 +222,13 @@ def test_an_upgrade_interrupted_before_any_statement_resumes(bare_url: URL) -> N
 def test_every_statement_can_be_the_last_before_a_restart(bare_url: URL) -> None:
     """From a fresh table each time: stop before statement n, then run to the end."""
     for n in range(0, len(statements_of_an_upgrade(bare_url)), 3):
-        execute(bare_url, "DROP TABLE audit_events, alembic_version")
+        empty(bare_url)
         execute(bare_url, BARE_TABLE)
         execute(bare_url, "INSERT INTO audit_events VALUES (7, 'LOGIN', 'alice', '2024-02-29 12:00')")
         with pytest.raises(Interruption):
             statements_of_an_upgrade(bare_url, stop_before=n)
         migrations.upgrade(bare_url)
         assert [row[:3] for row in rows(bare_url, IN_UTC)] == [(7, "LOGIN", "alice")]
-        execute(bare_url, "DROP FUNCTION IF EXISTS audit_events_fill CASCADE")
 
 
 def test_a_half_built_index_is_built_again(bare_url: URL) -> None:
@@ -326,6 +331,8 @@ SQUAWK_EXCEPTIONS = {
     # what the steps before it prepared; the indexes it creates are on a table that is empty and unseen.
     "0003": "changing-column-type,ban-drop-column,ban-drop-constraint,ban-drop-default,ban-drop-function,"
     "renaming-column,renaming-table,require-concurrent-index-creation,require-concurrent-index-deletion",
+    # A tile's level is 7 at most. The index is on a table made in the same transaction.
+    "0004": "prefer-bigint-over-smallint,require-concurrent-index-creation",
 }
 # squawk cannot see Alembic's transactions; the tests above resume after each statement instead.
 SQUAWK_OFF = "prefer-robust-stmts"
