@@ -4,11 +4,12 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from config import ConfigurationError, Settings
 from problems import Unauthorized
@@ -64,19 +65,25 @@ def api_key_in_force(settings: Settings) -> str:
     return path.read_text().strip()
 
 
+def presented_key(headers: Mapping[bytes, bytes]) -> str | None:
+    """The key of X-API-Key, or else that of Authorization: Bearer."""
+    if (key := headers.get(b"x-api-key")) is not None:
+        return key.decode("latin-1")
+    scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+    return credentials.strip().decode("latin-1") if scheme.lower() == b"bearer" else None
+
+
+# For OpenAPI, so that /docs can send a key; presented_key() does the reading.
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
 _bearer = HTTPBearer(auto_error=False)
 
 
 async def identify_caller(
-    request: Request,
-    header: Annotated[str | None, Security(_header)],
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    request: Request, header: Annotated[Any, Security(_header)], bearer: Annotated[Any, Security(_bearer)]
 ) -> Key:
-    """The caller's key, from X-API-Key or from Authorization: Bearer."""
-    presented = header if header is not None else bearer.credentials if bearer is not None else None
+    """The caller's key, from either header; raises Unauthorized."""
     authenticator: Authenticator = request.app.state.authenticator
-    key = authenticator.identify(presented)
+    key = authenticator.identify(presented_key(dict(request.scope["headers"])))
     request.state.key_name = key.name
     return key
 

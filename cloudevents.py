@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 from problems import InvalidFields, MalformedBody
 from schemas import EventIn, event_from_members
@@ -41,17 +41,13 @@ def trace_id_of(traceparent: str) -> str | None:
     return match[1] if match and match[1] != "0" * 32 else None
 
 
-def is_binary(headers: Mapping[str, str]) -> bool:
-    """Whether the attributes travel in ce- headers."""
-    return "ce-specversion" in headers
-
-
-def parse_binary(headers: Mapping[str, str], body: bytes) -> EventIn:
+def parse_binary(headers: Mapping[bytes, bytes], body: bytes) -> EventIn:
     """Binary mode: attributes in percent-encoded ce- headers, data in the body (HTTP binding section 3.1)."""
     attributes: dict[str, Any] = {}
     for name, value in headers.items():
-        if name.startswith("ce-"):
-            attributes[name[3:]] = _decode_header(name, value)
+        if name.startswith(b"ce-"):
+            attribute = name[3:].decode("latin-1")
+            attributes[attribute] = _decode_header(attribute, value)
     if body:
         attributes["data"] = _parse_json(body)
     return _event(attributes, "headers")
@@ -92,11 +88,11 @@ def _invalid(location: tuple[str, ...], name: str, message: str) -> InvalidField
     return InvalidFields(errors=[{"location": ".".join(filter(None, (*location, name))), "message": message}])
 
 
-def _decode_header(name: str, value: str) -> str:
+def _decode_header(attribute: str, value: bytes) -> str:
     try:
-        return unquote(value.encode("latin-1").decode("utf-8"), errors="strict")
+        return unquote_to_bytes(value).decode("utf-8")
     except UnicodeDecodeError:
-        raise _invalid(("headers",), name[3:], "must be percent-encoded UTF-8") from None
+        raise _invalid(("headers",), attribute, "must be percent-encoded UTF-8") from None
 
 
 def _parse_json(body: bytes) -> Any:

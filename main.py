@@ -14,6 +14,7 @@ from db import open_database
 from housekeeping import keep_house
 from ingest import Writer
 from routes import events, operations
+from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
 
@@ -44,6 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.metrics = Metrics()
+    app.add_middleware(Writes)
     app.add_middleware(Telemetry, metrics=app.state.metrics)
     problems.install_handlers(app)
     app.include_router(events.router)

@@ -234,10 +234,15 @@ def respond(request: Request, problem: Problem, headers: Mapping[str, str] | Non
     )
 
 
-async def _handle_problem(request: Request, problem: Problem) -> Response:
+def respond_to(request: Request, problem: Problem) -> Response:
+    """The HTTP response for a problem that a route raised; one of ours goes into the log."""
     if problem.status >= 500:
         logger.warning("%s: %s", problem.code, problem.detail)
     return respond(request, problem)
+
+
+async def _handle_problem(request: Request, problem: Problem) -> Response:
+    return respond_to(request, problem)
 
 
 async def _handle_http_exception(request: Request, error: HTTPException) -> Response:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, select, tuple_
 
+from db import Database
 from models import audit_events
 from problems import EventNotFound, InvalidCursor
 from schemas import EventFilter
@@ -37,6 +38,12 @@ def get_event(connection: Connection, event_id: int) -> Row[Any]:
     if row is None:
         raise EventNotFound(f"There is no event with the id {event_id}.")
     return row
+
+
+def find_event(database: Database, event_id: int) -> Row[Any]:
+    """get_event in a transaction of its own."""
+    with database.transaction() as connection:
+        return get_event(connection, event_id)
 
 
 def list_events(connection: Connection, wanted: EventFilter) -> Page:

@@ -168,6 +168,9 @@ class Event(BaseModel):
     metadata: dict[str, Any] | None
 
 
+PUBLIC_FIELDS = tuple(Event.model_fields)
+
+
 class EventPage(BaseModel):
     """Events, newest first, and where the next page begins."""
 
@@ -200,8 +203,8 @@ class BatchReceipt(BaseModel):
     """Where the events of a batch stand in the log, in the order in which they were sent."""
 
     count: int = Field(description="How many events the batch had")
-    first_id: int | None = Field(description="The lowest id; null for an empty batch")
-    last_id: int | None = Field(description="The highest id; null for an empty batch")
+    first_id: int = Field(description="The lowest id")
+    last_id: int = Field(description="The highest id")
     ids: list[int]
     replayed: int = Field(description="How many of them were stored before, under the same idempotency key")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from routes.events import MAX_BODY_BYTES
+from routes.writes import MAX_BODY_BYTES
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 FULL = {

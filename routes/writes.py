@@ -1,0 +1,191 @@
+"""POST /events and /events/batch as plain ASGI: FastAPI's routing and dependencies cost three times what the work does.
+
+Every format ends in one list of events, which is appended whole. routes/events.py documents both calls.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import cloudevents
+import problems
+import queries
+from append import Appended, Prepared, prepare_event
+from auth import presented_key
+from ledger import format_timestamp
+from problems import BodyTooLarge, InvalidFields, Problem, UnsupportedMediaType
+from schemas import PUBLIC_FIELDS, Event, EventIn, parse_event, parse_event_lines, parse_events
+
+MAX_BODY_BYTES = 1024 * 1024
+MAX_BATCH_BYTES = 16 * 1024 * 1024
+MAX_BATCH_EVENTS = 10_000
+
+Headers = dict[bytes, bytes]  # names in lower case; of a repeated one the last counts
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+
+_BATCH_PARSERS: dict[bytes, Callable[[bytes], list[EventIn]]] = {
+    b"application/json": parse_events,
+    b"application/x-ndjson": parse_event_lines,
+    cloudevents.BATCH.encode(): cloudevents.parse_batch,
+}
+
+
+class Writes:
+    """ASGI middleware that answers the two calls that append, and passes on everything else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._handlers: dict[str, Callable[[State, Headers, Receive], Awaitable[Answer]]] = {
+            "/events": _create_event,
+            "/events/batch": _create_events,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self._handlers.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handler is None:
+            await self.app(scope, receive, send)
+            return
+        state: State = scope["app"].state
+        headers: Headers = dict(scope["headers"])
+        scope["state"]["route"] = scope["path"]
+        try:
+            scope["state"]["key_name"] = state.authenticator.identify(presented_key(headers)).name
+            status, answer_headers, body = await handler(state, headers, receive)
+        except ClientDisconnect:
+            return
+        except Problem as problem:
+            await problems.respond_to(Request(scope), problem)(scope, receive, send)
+            return
+        answer_headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": answer_headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def _create_event(state: State, headers: Headers, receive: Receive) -> Answer:
+    media_type = _media_type(headers)
+    if media_type == cloudevents.BATCH.encode():
+        return await _append_batch(state, headers, receive, cloudevents.parse_batch)
+    if media_type == cloudevents.STRUCTURED.encode():
+        parse: Callable[[bytes], EventIn] = cloudevents.parse_structured
+    elif media_type != b"application/json":
+        raise UnsupportedMediaType(f"Send application/json or {cloudevents.STRUCTURED}.")
+    elif b"ce-specversion" in headers:
+        parse = lambda body: cloudevents.parse_binary(headers, body)  # noqa: E731
+    else:
+        parse = lambda body: _with_headers(parse_event(body), headers)  # noqa: E731
+    body = await _read_body(headers, receive, MAX_BODY_BYTES)
+    (prepared,), appended = await _append(state, [parse(body)], len(body))
+    event_id = appended.ids[0]
+    location = (b"location", b"/events/%d" % event_id)
+    if appended.replayed:
+        return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id)
+    members = prepared.members
+    answer = {name: members.get(name) for name in PUBLIC_FIELDS}
+    answer["id"] = event_id
+    answer["timestamp"] = format_timestamp(members["timestamp"])
+    answer["recorded_at"] = format_timestamp(appended.recorded_at)
+    return 201, [location], orjson.dumps(answer)
+
+
+async def _create_events(state: State, headers: Headers, receive: Receive) -> Answer:
+    parse = _BATCH_PARSERS.get(_media_type(headers))
+    if parse is None:
+        raise UnsupportedMediaType(f"Send one of {b', '.join(_BATCH_PARSERS).decode()}.")
+    return await _append_batch(state, headers, receive, parse)
+
+
+async def _append_batch(
+    state: State, headers: Headers, receive: Receive, parse: Callable[[bytes], list[EventIn]]
+) -> Answer:
+    body = await _read_body(headers, receive, MAX_BATCH_BYTES)
+    events = parse(body)
+    if len(events) > MAX_BATCH_EVENTS:
+        raise BodyTooLarge(f"The batch has {len(events)} events, and {MAX_BATCH_EVENTS} are the most.")
+    if not events:
+        raise InvalidFields(errors=[{"location": "body", "message": "must hold at least one event"}])
+    _, appended = await _append(state, events, len(body))
+    receipt = {
+        "count": len(events),
+        "first_id": min(appended.ids),
+        "last_id": max(appended.ids),
+        "ids": appended.ids,
+        "replayed": len(appended.replayed),
+    }
+    replay = [(b"idempotent-replay", b"true")] if len(appended.replayed) == len(events) else []
+    return 201, replay, orjson.dumps(receipt)
+
+
+async def _append(state: State, events: Sequence[EventIn], size_bytes: int) -> tuple[Sequence[Prepared], Appended]:
+    now = datetime.now(UTC)
+    _refuse_the_future(events, now + state.settings.max_clock_skew)
+    prepared = [prepare_event(event, now) for event in events]
+    appended = await state.writer.append(prepared, size_bytes)
+    state.metrics.events.inc(len(events) - len(appended.replayed))
+    return prepared, appended
+
+
+async def _first_answer(state: State, event_id: int) -> bytes:
+    """The event that a repeated key stands for."""
+    row = await run_in_threadpool(queries.find_event, state.database, event_id)
+    return Event.model_validate(row).model_dump_json().encode()
+
+
+def _refuse_the_future(events: Sequence[EventIn], latest: datetime) -> None:
+    errors = [
+        {
+            "location": "body.timestamp" if len(events) == 1 else f"body.{index}.timestamp",
+            "message": "lies further in the future than clocks may differ (MAX_CLOCK_SKEW)",
+        }
+        for index, event in enumerate(events)
+        if event.timestamp is not None and event.timestamp > latest
+    ]
+    if errors:
+        raise InvalidFields(errors=errors)
+
+
+def _with_headers(event: EventIn, headers: Headers) -> EventIn:
+    """The event with its Idempotency-Key and traceparent, where the body did not say them itself."""
+    if b"idempotency-key" in headers:
+        key = headers[b"idempotency-key"].decode("latin-1")
+        if event.idempotency_key not in (None, key):
+            raise _wrong_key("differs from the body's")
+        if not 1 <= len(key) <= 255 or "\0" in key:
+            raise _wrong_key("must have 1 to 255 characters")
+        event.idempotency_key = key
+    if event.trace_id is None and b"traceparent" in headers:
+        event.trace_id = cloudevents.trace_id_of(headers[b"traceparent"].decode("latin-1"))
+    return event
+
+
+def _wrong_key(message: str) -> InvalidFields:
+    return InvalidFields(errors=[{"location": "headers.Idempotency-Key", "message": message}])
+
+
+def _media_type(headers: Headers) -> bytes:
+    return headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+
+
+async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    """The body; raises BodyTooLarge as soon as it is known to be."""
+    announced = headers.get(b"content-length", b"0")
+    too_large = BodyTooLarge(f"The body is larger than {limit} bytes.")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message: Any = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect()
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise too_large
+        if not message.get("more_body", False):
+            return b"".join(chunks)
