@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from hashlib import sha256
 from io import StringIO
 from typing import Any
@@ -67,7 +67,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 class Prepared:
     """An event ready to append but for its id and the moment: all that can be made before the lock is held."""
 
-    members: Mapping[str, Any]  # as EventIn has them, timestamp filled in, plus personal_hash
+    members: Mapping[str, Any]  # as EventIn has them, timestamp as text and filled in, plus personal_hash
     copy_line: str  # the row in COPY's text format, after id and recorded_at
     idempotency_key: str | None
     request_hash: bytes | None  # of a keyed event: tells a repetition from another event under the same key
@@ -78,7 +78,7 @@ class Appended:
     """Where a submission's events stand in the log. Ids of repeated keys are those of the first time."""
 
     ids: Sequence[int]
-    recorded_at: datetime
+    recorded_at: str  # RFC 3339
     replayed: frozenset[int] = field(default_factory=frozenset)  # indexes of events that were known already
 
 
@@ -98,7 +98,7 @@ class _Head:
     first_id: int
     size: int
     frontier: list[bytes]
-    recorded_at: datetime
+    recorded_at: str  # RFC 3339: of this flush, and not before that of the last one
 
     @property
     def next_id(self) -> int:
@@ -112,7 +112,7 @@ def prepare_event(event: EventIn, now: datetime) -> Prepared:
     request_hash = None
     if key is not None:
         request_hash = sha256(ledger.canonical_json(event.model_dump(mode="json", exclude_none=True))).digest()
-    members["timestamp"] = event.timestamp or now
+    members["timestamp"] = ledger.format_timestamp(event.timestamp or now)
     nonce = secrets.token_bytes(ledger.NONCE_BYTES)
     members["personal_hash"] = ledger.hash_personal_part(nonce, ledger.personal_part(members))
     return Prepared(members, _copy_line(members, nonce), key, request_hash)
@@ -139,7 +139,7 @@ def _lock_head(cursor: Cursor) -> _Head:
     if row is None:
         raise RuntimeError("ledger_head is empty: restore it from a backup; it must not be made anew by hand")
     first_id, size, frontier, recorded_at, now = row
-    return _Head(first_id, size, [bytes(node) for node in frontier], max(recorded_at, now))
+    return _Head(first_id, size, [bytes(node) for node in frontier], ledger.format_timestamp(max(recorded_at, now)))
 
 
 def _find_known_keys(cursor: Cursor, submissions: Sequence[Submission]) -> dict[tuple[str, str], tuple[int, bytes]]:
@@ -187,8 +187,9 @@ def _place(
 
 
 def _store(cursor: Cursor, head: _Head, events: Sequence[Prepared]) -> None:
-    recorded_at = ledger.format_timestamp(head.recorded_at)
-    lines = [f"{event_id}\t{recorded_at}\t{event.copy_line}" for event_id, event in enumerate(events, head.next_id)]
+    lines = [
+        f"{event_id}\t{head.recorded_at}\t{event.copy_line}" for event_id, event in enumerate(events, head.next_id)
+    ]
     cursor.copy_expert(_COPY_EVENTS, StringIO("".join(lines)))
     _store_keys(cursor, head, events)
     leaves = [
@@ -234,9 +235,13 @@ def _store_tile(cursor: Cursor, level: int, tile_index: int, hashes: Sequence[by
 def _read_leaves(cursor: Cursor, start_id: int, end_id: int) -> Iterable[bytes]:
     """Leaf hashes of events that stand in the log already, recomputed from their rows."""
     cursor.execute(_ROWS_OF_LEAVES, (start_id, end_id))
-    return [
-        ledger.hash_leaf(ledger.entry(dict(zip(_ROW_OF_LEAVES_NAMES, row, strict=True)))) for row in cursor.fetchall()
-    ]
+    rows = (dict(zip(_ROW_OF_LEAVES_NAMES, row, strict=True)) for row in cursor.fetchall())
+    return [ledger.hash_leaf(ledger.entry(_with_texts(row))) for row in rows]
+
+
+def _with_texts(row: dict[str, Any]) -> dict[str, Any]:
+    moments = {name: ledger.format_timestamp(row[name]) for name in ("timestamp", "recorded_at")}
+    return {**row, **moments, "personal_hash": bytes(row["personal_hash"])}
 
 
 def _copy_line(members: Mapping[str, Any], nonce: bytes) -> str:
@@ -244,7 +249,7 @@ def _copy_line(members: Mapping[str, Any], nonce: bytes) -> str:
     fields = (
         members["event_type"],
         members["actor"],
-        ledger.format_timestamp(members["timestamp"].astimezone(UTC)),
+        members["timestamp"],
         members["tenant"],
         members["resource"],
         members["outcome"],

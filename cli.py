@@ -48,6 +48,7 @@ def _serve(settings: Settings, banner: str | None) -> int:
         port=settings.port,
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_PERIOD_S,
     )

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 import migrations
 import problems
@@ -16,6 +18,19 @@ from ingest import Writer
 from routes import events, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
+
+
+class AuditService(FastAPI):
+    """FastAPI, with the write path and telemetry before it instead of inside."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.state.metrics = Metrics()
+        self._outermost = Telemetry(Writes(super().__call__), self.state.metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._outermost(scope, receive, send)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -38,15 +53,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 housekeeping.cancel()
                 await app.state.writer.stop()
 
-    app = FastAPI(
+    app = AuditService(
         title="Audit service",
         summary="Who did what and when, kept so that nobody can quietly change it.",
         version="0.1.0",
         lifespan=lifespan,
     )
-    app.state.metrics = Metrics()
-    app.add_middleware(Writes)
-    app.add_middleware(Telemetry, metrics=app.state.metrics)
     problems.install_handlers(app)
     app.include_router(events.router)
     app.include_router(operations.router)

@@ -37,7 +37,7 @@ def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
             [sys.executable, "cli.py", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            eventually(lambda: "startup complete" in log.read_text() or process.poll() is not None)
+            eventually(lambda: "Uvicorn running" in log.read_text() or process.poll() is not None)
             yield client
         finally:
             process.send_signal(signal.SIGTERM)
