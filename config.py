@@ -39,6 +39,7 @@ class Settings:
     data_dir: Path = ROOT / ".data"
     host: str = "127.0.0.1"
     port: int = 8000
+    workers: int = 1
     run_migrations: bool = False
     max_clock_skew: timedelta = timedelta(minutes=5)
     idempotency_window: timedelta = timedelta(days=30)
@@ -64,6 +65,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         data_dir=Path(read.text("DATA_DIR") or Settings.data_dir).absolute(),
         host=read.text("HOST") or Settings.host,
         port=read.port("PORT", Settings.port),
+        workers=read.count("WORKERS", Settings.workers),
         run_migrations=read.boolean("RUN_MIGRATIONS"),
         max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew),
         idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
@@ -134,6 +136,12 @@ class _Reader:
         value = self.text(name) or str(default)
         if not (value.isascii() and value.isdecimal() and 0 < int(value) < 65536):
             raise ConfigurationError(f"{name}: must be a port number, 1 to 65535")
+        return int(value)
+
+    def count(self, name: str, default: int) -> int:
+        value = self.text(name) or str(default)
+        if not (value.isascii() and value.isdecimal() and 0 < int(value) < 1000):
+            raise ConfigurationError(f"{name}: must be a number from 1 to 999")
         return int(value)
 
     def duration(self, name: str, default: timedelta) -> timedelta:

@@ -9,25 +9,19 @@ import asyncio
 import copy
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
 import partitions
-from append import Appended, KeyConflict, Outcome, Prepared, flush
+from append import Appended, KeyConflict, Outcome, Prepared, Submission, append_submissions, conflict_at, submission_of
 from db import Database, is_outage, problem_of
-from problems import (
-    DatabaseUnavailable,
-    IdempotencyConflict,
-    InternalError,
-    OutcomeUnknown,
-    Problem,
-    QueueFull,
-    ShuttingDown,
-)
+from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem, QueueFull, ShuttingDown
 
 logger = logging.getLogger("audit.ingest")
 
@@ -35,24 +29,31 @@ MAX_QUEUED_EVENTS = 50_000
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 MAX_FLUSH_EVENTS = 2_000  # keeps the head's lock for some 50 ms; a larger batch goes alone
 
-# The writer waits for the head longer than a holder that has stopped can live (idle_in_transaction below).
+# A flush whose outcome is unknown is sent again until it is known, for as long as a client may be kept waiting.
+_RESOLVE_S = 5.0
+_RESOLVE_INTERVAL_S = 0.1
+# After a pause the connection is tried before a flush is entrusted to it, and the log's end is read anew.
+_IDLE_S = 1.0
+
+# lock_timeout: how long others may hold the head. The plans: append_events() is planned once, by its indexes, for
+# statistics of an empty table would have it read a full one whole; and compiling it would cost more than it takes.
 _SESSION = (
-    "SET lock_timeout = '10s'; SET statement_timeout = '30s'; SET idle_in_transaction_session_timeout = '5s';"
-    " SET synchronous_commit = on"
+    "SET lock_timeout = '10s'; SET statement_timeout = '30s'; SET synchronous_commit = on;"
+    " SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off"
 )
+_NEXT_ID = "SELECT first_id + size FROM ledger_head"
+_BACKEND = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+# False where it is still there after so many ms; no row where it is gone already.
+_END_BACKEND = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE (pid, backend_start) = (%s, %s)"
+_END_BACKEND_MS = 2_000
 
 
 @dataclass(slots=True)
 class _Waiting:
     """A submission and who waits for it."""
 
-    events: Sequence[Prepared]
-    size_bytes: int
+    submission: Submission
     answer: "asyncio.Future[Appended]"
-
-    @property
-    def is_keyed(self) -> bool:
-        return all(event.idempotency_key is not None for event in self.events)
 
 
 class Writer:
@@ -67,6 +68,9 @@ class Writer:
         self._wake = threading.Event()
         self._stopping = False
         self._connection: Connection | None = None
+        self._backend: tuple[int, datetime] | None = None  # the server's process at the other end
+        self._next_id = 0  # the log's next id when it was last heard of, at this moment:
+        self._heard_at = 0.0
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
@@ -82,7 +86,7 @@ class Writer:
             self._queued_events + len(events) > MAX_QUEUED_EVENTS or self._queued_bytes + size_bytes > MAX_QUEUED_BYTES
         ):
             raise QueueFull()
-        waiting = _Waiting(events, size_bytes, self._loop.create_future())
+        waiting = _Waiting(submission_of(events), self._loop.create_future())
         self._queued_events += len(events)
         self._queued_bytes += size_bytes
         self._queue.append(waiting)
@@ -111,22 +115,32 @@ class Writer:
                 return
 
     def _take_piece(self) -> list[_Waiting]:
-        """The oldest submissions, as many as one flush should hold; at least one, whatever its size."""
+        """The oldest submissions, as many as one flush should hold; at least one, whatever its size.
+
+        A key comes once in a flush: what repeats it waits for the next one, and finds it stored or not.
+        """
         piece: list[_Waiting] = []
         events = 0
-        while self._queue and (not piece or events + len(self._queue[0].events) <= MAX_FLUSH_EVENTS):
+        keys: set[tuple[str, str]] = set()
+        while self._queue:
+            submission = self._queue[0].submission
+            if piece and (events + len(submission.events) > MAX_FLUSH_EVENTS or not keys.isdisjoint(submission.keys)):
+                break
             piece.append(self._queue.popleft())
-            events += len(piece[-1].events)
+            events += len(submission.events)
+            keys |= submission.keys
         return piece
 
     def _flush_piece(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
         """One result for each submission. What PostgreSQL refuses fails alone: the piece is halved around it."""
         try:
-            return self._commit(piece)
+            self._require_connection()
+            return self._append(piece)
         except Problem as problem:
             return [problem] * len(piece)
         except psycopg2.Error as error:
-            self._roll_back()
+            if _is_lost(error):
+                return self._resolve(piece)
             if _lacks_partition(error):
                 partitions.create_coming_months(self._database)
             elif is_outage(error) or len(piece) == 1:
@@ -138,50 +152,77 @@ class Writer:
             self._disconnect()
             return [InternalError()] * len(piece)
 
-    def _commit(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
-        connection = self._connect()
-        outcomes = flush(connection, [waiting.events for waiting in piece])
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("COMMIT")
-        except psycopg2.Error as error:
-            if not is_outage(error):
-                raise  # refused by a deferred constraint: rolled back, and known to be
-            return self._resolve_unknown(piece, error)
+    def _append(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
+        submissions = [waiting.submission for waiting in piece]
+        outcomes, self._next_id = append_submissions(self._require_connection(), submissions, retried_from)
+        self._heard_at = time.monotonic()
         return list(outcomes)
 
-    def _resolve_unknown(self, piece: Sequence[_Waiting], error: psycopg2.Error) -> list[Outcome | Problem]:
-        """The connection was lost in COMMIT. Keyed events are sent again, and their keys tell what happened.
+    def _resolve(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
+        """The connection was lost with a flush in it. Send it again: append_events() finds what it did store.
 
-        The lock on the head, which the lost transaction held to its end, makes the second try wait for it.
+        Not before the first one has ended for sure: the server may go on with it, long after we lost it.
         """
-        logger.error("connection lost during a commit: %s", type(error).__name__)
-        self._disconnect()
-        results: list[Outcome | Problem] = []
-        for waiting in piece:
-            result = self._flush_piece([waiting])[0] if waiting.is_keyed else OutcomeUnknown()
-            results.append(OutcomeUnknown() if isinstance(result, DatabaseUnavailable) else result)
-        return results
+        logger.error("connection lost during a flush")
+        retried_from, lost = self._next_id, self._backend
+        deadline = time.monotonic() + _RESOLVE_S
+        while True:
+            self._disconnect()
+            try:
+                self._end_backend(self._require_connection(), lost)
+                return self._append(piece, retried_from)
+            except (psycopg2.Error, Problem) as error:
+                if time.monotonic() > deadline:
+                    logger.error("the outcome of a flush stays unknown: %s", type(error).__name__)
+                    return [OutcomeUnknown()] * len(piece)
+                if self._connection is not None:
+                    lost = self._backend
+            time.sleep(_RESOLVE_INTERVAL_S)
 
-    def _connect(self) -> Connection:
-        if self._connection is None or self._connection.closed:
-            self._connection = self._database.dedicated_connection()
-            with self._connection.cursor() as cursor:
-                cursor.execute(_SESSION)
+    def _end_backend(self, connection: Connection, lost: tuple[int, datetime] | None) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(_END_BACKEND, (_END_BACKEND_MS, *(lost or (None, None))))
+            if cursor.fetchone() == (False,):
+                raise DatabaseUnavailable()
+
+    def _require_connection(self) -> Connection:
+        """A connection that answered within the last second; raises Problem before anything is sent."""
+        if self._connection is not None and time.monotonic() - self._heard_at > _IDLE_S:
+            try:
+                self._hear(self._connection)
+            except psycopg2.Error:
+                self._disconnect()
+        if self._connection is None:
+            connection = self._database.dedicated_connection()
+            try:
+                with connection.cursor() as cursor:
+                    cursor.execute(_SESSION)
+                    cursor.execute(_BACKEND)
+                    self._backend = cursor.fetchone()
+                self._hear(connection)
+            except psycopg2.Error as error:
+                connection.close()
+                raise problem_of(error) from None
+            self._connection = connection
         return self._connection
 
-    def _roll_back(self) -> None:
-        try:
-            if self._connection is not None:
-                with self._connection.cursor() as cursor:
-                    cursor.execute("ROLLBACK")
-        except psycopg2.Error:
-            self._disconnect()
+    def _hear(self, connection: Connection) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(_NEXT_ID)
+            (self._next_id,) = cursor.fetchone() or (0,)
+        self._heard_at = time.monotonic()
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+
+def _is_lost(error: psycopg2.Error) -> bool:
+    """Whether nobody knows if the statement was carried out: PostgreSQL did not get to say that it was not."""
+    if isinstance(error, psycopg2.errors.AdminShutdown | psycopg2.errors.CrashShutdown):
+        return True
+    return error.pgcode is None and is_outage(error)
 
 
 def _lacks_partition(error: psycopg2.Error) -> bool:
@@ -197,13 +238,6 @@ def _answer(piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> 
         if isinstance(result, Problem):
             waiting.answer.set_exception(copy.copy(result))  # each request raises one of its own
         elif isinstance(result, KeyConflict):
-            waiting.answer.set_exception(_conflict(waiting, result))
+            waiting.answer.set_exception(conflict_at(result.index, len(waiting.submission.places)))
         else:
             waiting.answer.set_result(result)
-
-
-def _conflict(waiting: _Waiting, conflict: KeyConflict) -> IdempotencyConflict:
-    if len(waiting.events) == 1:
-        return IdempotencyConflict()
-    location = f"body.{conflict.index}.idempotency_key"
-    return IdempotencyConflict(errors=[{"location": location, "message": "was used before, with another event"}])

@@ -46,7 +46,7 @@ def canonical_json(value: Any) -> bytes:
 
 def personal_part(event: Mapping[str, Any]) -> dict[str, Any]:
     """The members of an event that say something of a person; null ones left out."""
-    return {name: event[name] for name in _PERSONAL_FIELDS if event[name] is not None}
+    return {name: event[name] for name in _PERSONAL_FIELDS if event.get(name) is not None}
 
 
 def hash_personal_part(nonce: bytes, personal: Mapping[str, Any]) -> bytes:
@@ -105,14 +105,18 @@ def tile_root(tile: bytes) -> bytes:
 
 
 def _sorts_and_prints_alike(value: Any) -> bool:
-    """Whether orjson prints this as RFC 8785 asks: no floats, no unsafe integers, no names beyond ASCII.
+    """Whether orjson prints this as RFC 8785 asks: no unsafe integers, no names beyond ASCII, floats with a point.
 
-    orjson sorts names by code point and RFC 8785 by UTF-16 unit: alike for ASCII.
+    Both print the shortest digits that read back as the same double; exponents and whole numbers they spell
+    differently, and outside this range there are such. orjson sorts names by code point and RFC 8785 by UTF-16
+    unit: alike for ASCII.
     """
     if value is None or isinstance(value, (str, bool)):
         return True
     if isinstance(value, int):
         return -_MAX_SAFE_INTEGER <= value <= _MAX_SAFE_INTEGER
+    if isinstance(value, float):
+        return 1e-4 <= abs(value) < 1e15 and not value.is_integer()
     if isinstance(value, dict):
         return all(name.isascii() and _sorts_and_prints_alike(member) for name, member in value.items())
     if isinstance(value, list):

@@ -62,15 +62,17 @@ ledger_head = Table(
     CheckConstraint("size >= 0", name="ledger_head_size_is_not_negative"),
 )
 
-# Full tiles of every level, and nothing else.
+# Full tiles of every level, and nothing else. A tile's root is its hash in the tile one level up.
 ledger_tiles = Table(
     "ledger_tiles",
     metadata,
     Column("level", SmallInteger, nullable=False, autoincrement=False),
     Column("tile_index", BigInteger, nullable=False, autoincrement=False),
     Column("hashes", LargeBinary, nullable=False),
+    Column("root", LargeBinary, nullable=False),
     PrimaryKeyConstraint("level", "tile_index", name="ledger_tiles_pkey"),
     CheckConstraint("octet_length(hashes) = 8192", name="ledger_tiles_hold_256_hashes"),
+    CheckConstraint("octet_length(root) = 32", name="ledger_tiles_root_has_32_bytes"),
 )
 
 # The first answer to each key. tenant is '' where the event has none.

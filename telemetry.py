@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +41,14 @@ class Metrics:
             "audit_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
         )
         self.events = Counter("audit_events_recorded", "Events committed to the log", registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format; of all workers together where there are several (see server.py)."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        every_worker = CollectorRegistry()
+        MultiProcessCollector(every_worker)  # type: ignore[no-untyped-call]  # prometheus-client's
+        return generate_latest(every_worker)
 
 
 class JsonFormatter(logging.Formatter):

@@ -175,9 +175,8 @@ def _media_type(headers: Headers) -> bytes:
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     """The body; raises BodyTooLarge as soon as it is known to be."""
     announced = headers.get(b"content-length", b"0")
-    too_large = BodyTooLarge(f"The body is larger than {limit} bytes.")
     if announced.isdigit() and int(announced) > limit:
-        raise too_large
+        raise _body_too_large(limit)
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -187,6 +186,10 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > limit:
-            raise too_large
+            raise _body_too_large(limit)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+def _body_too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than {limit} bytes.")

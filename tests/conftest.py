@@ -52,6 +52,7 @@ SCRUBBED = (
     "MAX_CLOCK_SKEW",
     "PORT",
     "RUN_MIGRATIONS",
+    "WORKERS",
 )
 
 BINARIES = {"embedded": embedded_binaries()}
