@@ -1,33 +1,22 @@
-"""The Merkle tree over the log (RFC 6962 section 2.1): canonical bytes, hashes, the tree's right edge, tiles.
+"""What goes into the Merkle tree over the log: canonical bytes, and the hash of an event's personal part.
 
 Pure functions, no I/O. An event's personal part stands in its entry only as a salted hash, so entries,
-tiles and proofs hold no personal data.
+tiles and proofs hold no personal data. The entry, the leaf and the tree are made where the id is known: in
+append_events(), alembic/versions/0005_append_events.py.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import rfc8785
 
-TILE_WIDTH = 256  # hashes in a full tile (c2sp.org/tlog-tiles)
-HASH_BYTES = 32
 NONCE_BYTES = 16
 
 _MAX_SAFE_INTEGER = 2**53 - 1  # beyond it a JSON number is what its nearest double is (RFC 8785 section 3.2.2.3)
 _PERSONAL_FIELDS = ("actor", "resource", "source_ip", "metadata")
-_ENTRY_FIELDS = (
-    "id",
-    "event_type",
-    "timestamp",
-    "recorded_at",
-    "tenant",
-    "outcome",
-    "source",
-    "trace_id",
-)
 
 
 def format_timestamp(moment: datetime) -> str:
@@ -52,56 +41,6 @@ def personal_part(event: Mapping[str, Any]) -> dict[str, Any]:
 def hash_personal_part(nonce: bytes, personal: Mapping[str, Any]) -> bytes:
     """SHA-256(nonce ‖ JCS(personal part)): without the nonce it cannot be guessed at."""
     return hashlib.sha256(nonce + canonical_json(personal)).digest()
-
-
-def entry(event: Mapping[str, Any]) -> bytes:
-    """The log entry: canonical JSON of what is not personal, and the personal part's hash.
-
-    The two moments are given as their text: see format_timestamp.
-    """
-    members = {name: event[name] for name in _ENTRY_FIELDS if event[name] is not None}
-    members["personal_hash"] = event["personal_hash"].hex()
-    return orjson.dumps(members, option=orjson.OPT_SORT_KEYS)  # strings, one safe integer, ASCII names
-
-
-def hash_leaf(entry: bytes) -> bytes:
-    """RFC 6962 section 2.1: the hash of a leaf."""
-    return hashlib.sha256(b"\x00" + entry).digest()
-
-
-def hash_node(left: bytes, right: bytes) -> bytes:
-    """RFC 6962 section 2.1: the hash of an inner node."""
-    return hashlib.sha256(b"\x01" + left + right).digest()
-
-
-def append_leaves(frontier: Sequence[bytes], size: int, leaves: Sequence[bytes]) -> list[bytes]:
-    """The frontier after the leaves: the roots of the full subtrees of which the tree is made, largest first."""
-    grown = list(frontier)
-    for leaf in leaves:
-        grown.append(leaf)
-        size += 1
-        pairs = size
-        while pairs % 2 == 0:
-            right = grown.pop()
-            grown[-1] = hash_node(grown[-1], right)
-            pairs //= 2
-    return grown
-
-
-def root(frontier: Sequence[bytes]) -> bytes:
-    """The root of the tree with this frontier; that of the empty tree is SHA-256 of nothing."""
-    if not frontier:
-        return hashlib.sha256(b"").digest()
-    *rest, hashed = frontier
-    for left in reversed(rest):
-        hashed = hash_node(left, hashed)
-    return hashed
-
-
-def tile_root(tile: bytes) -> bytes:
-    """The root over a full tile: the hash that stands for it one level up."""
-    hashes = [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
-    return root(append_leaves([], 0, hashes))
 
 
 def _sorts_and_prints_alike(value: Any) -> bool:

@@ -153,7 +153,7 @@ class ShuttingDown(Unavailable):
 
 
 class OutcomeUnknown(Unavailable):
-    """The connection was lost during the commit: the event may be stored. Only a keyed retry is safe."""
+    """The database was lost during the commit: the event may be stored. Only a keyed retry is safe."""
 
     code, title = "outcome-unknown", "Outcome unknown"
 

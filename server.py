@@ -141,7 +141,7 @@ def _claim_port(host: str, port: int) -> socket.socket:
             pass  # without SO_REUSEPORT: fails where anybody listens
         return _bind(host, port)
     except OSError as error:
-        raise ConfigurationError(f"PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+        raise ConfigurationError(f"PORT: cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ Never a key, a body or a query string in any of them.
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -44,7 +45,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """In Prometheus' text format; of all workers together where there are several (see server.py)."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if multiprocessing.parent_process() is None:
             return generate_latest(self.registry)
         every_worker = CollectorRegistry()
         MultiProcessCollector(every_worker)  # type: ignore[no-untyped-call]  # prometheus-client's

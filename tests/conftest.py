@@ -6,8 +6,10 @@ A session has a template database, made by `alembic upgrade head`; a test that w
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -217,6 +219,30 @@ def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
     assert_ledger_consistent(url)
+
+
+@contextmanager
+def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
+    """`python cli.py serve` on a free port; its standard output goes to the log file."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "DATABASE_URL": url.render_as_string(hide_password=False),
+        "API_KEY": API_KEY,
+        "PORT": str(port),
+        **variables,
+    }
+    with log.open("w") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        client.headers["X-API-Key"] = API_KEY
+        process = subprocess.Popen(
+            [sys.executable, "cli.py", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            eventually(lambda: "Uvicorn running" in log.read_text() or process.poll() is not None)
+            yield client
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0, log.read_text()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,9 @@ from main import app
 
 # A module imports from lower layers only.
 LAYERS = [
-    {"main", "cli"},
+    {"cli"},
+    {"server"},
+    {"main"},
     {"routes"},
     {"ingest", "queries", "auth", "telemetry", "housekeeping"},
     {"append", "partitions", "cloudevents"},
@@ -50,12 +52,14 @@ def test_imports_point_one_way(path: Path) -> None:
     name = layer_name(path)
     assert name in RANK, f"{name} has no layer yet: give it one"
     own = {imported for imported in imported_modules(path) if imported in RANK}
-    allowed = {"cli": {"main"}, "routes": {"routes"}}.get(name, set())
+    allowed = {"routes": {"routes"}}.get(name, set())
     assert {imported for imported in own - allowed if RANK[imported] <= RANK[name]} == set()
 
 
 def test_only_config_reads_the_environment() -> None:
-    readers = [path.name for path in MODULES if re.search(r"os\.environ|os\.getenv|dotenv", path.read_text())]
+    readers = [
+        path.name for path in MODULES if re.search(r"os\.environ(?!\[.*\] = )|os\.getenv|dotenv", path.read_text())
+    ]
     assert readers == ["config.py"]
 
 

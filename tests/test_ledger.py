@@ -1,12 +1,19 @@
 """The tree and its canonical bytes, against published vectors, a naive tree and an independent encoder."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import pytest
 import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
+from verify import tree_hash
 
 import ledger
 
@@ -36,41 +43,70 @@ ROOTS = [
 ]
 
 
-def naive_root(hashes: list[bytes]) -> bytes:
-    """MTH of RFC 6962 section 2.1, word for word."""
-    if not hashes:
-        return hashlib.sha256(b"").digest()
-    if len(hashes) == 1:
-        return hashes[0]
-    split = 1 << (len(hashes) - 1).bit_length() - 1
-    return hashlib.sha256(b"\x01" + naive_root(hashes[:split]) + naive_root(hashes[split:])).digest()
+@contextmanager
+def head_of_an_empty_log(url: URL) -> Iterator[Connection]:
+    """A transaction that nobody will see."""
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        yield connection
+        connection.rollback()
 
 
-@pytest.mark.parametrize("size", range(1, 9))
-def test_roots_are_those_of_the_published_vectors(size: int) -> None:
-    hashes = [ledger.hash_leaf(leaf) for leaf in LEAVES[:size]]
-    assert ledger.root(ledger.append_leaves([], 0, hashes)).hex() == ROOTS[size - 1]
+def grow(connection: Connection, leaves: list[bytes]) -> list[bytes]:
+    """The frontier of the tree after these leaves."""
+    statement = text("SELECT grow_ledger(ledger_head, :leaves, now()) FROM ledger_head")
+    connection.execute(statement, {"leaves": leaves})
+    (frontier,) = connection.execute(text("SELECT frontier FROM ledger_head")).one()
+    return [bytes(node) for node in frontier]
 
 
-def test_the_empty_tree() -> None:
-    assert ledger.root([]).hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+def root(frontier: list[bytes]) -> bytes:
+    """The root of the tree that is made of these full subtrees, largest first."""
+    return reduce(lambda right, left: hashlib.sha256(b"\x01" + left + right).digest(), reversed(frontier))
 
 
-@given(st.lists(st.integers(0, 300), max_size=6))
-def test_any_sequence_of_batches_gives_the_root_of_a_naive_tree(batches: list[int]) -> None:
-    frontier: list[bytes] = []
-    hashes: list[bytes] = []
-    for length in batches:
-        leaves = [hashlib.sha256(b"%d" % (len(hashes) + n)).digest() for n in range(length)]
-        frontier = ledger.append_leaves(frontier, len(hashes), leaves)
-        hashes += leaves
-        assert len(frontier) == len(hashes).bit_count()
-    assert ledger.root(frontier) == naive_root(hashes)
+def test_roots_are_those_of_the_published_vectors(database_url: URL) -> None:
+    with head_of_an_empty_log(database_url) as connection:
+        for leaf, expected in zip(LEAVES, ROOTS, strict=True):
+            assert root(grow(connection, [hashlib.sha256(b"\x00" + leaf).digest()])).hex() == expected
 
 
-def test_the_root_of_a_tile_is_the_root_of_its_hashes() -> None:
-    hashes = [hashlib.sha256(b"%d" % n).digest() for n in range(ledger.TILE_WIDTH)]
-    assert ledger.tile_root(b"".join(hashes)) == naive_root(hashes)
+def test_any_sequence_of_flushes_gives_the_root_of_a_naive_tree(database_url: URL) -> None:
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(1, 50), min_size=1, max_size=5))  # a full tile would need the rows of its leaves
+    def check(flushes: list[int]) -> None:
+        hashes: list[bytes] = []
+        with head_of_an_empty_log(database_url) as connection:
+            for length in flushes:
+                leaves = [hashlib.sha256(b"%d" % (len(hashes) + n)).digest() for n in range(length)]
+                hashes += leaves
+                frontier = grow(connection, leaves)
+                assert len(frontier) == len(hashes).bit_count()
+        assert root(frontier) == tree_hash(hashes)
+
+    check()
+
+
+def test_a_tile_above_the_leaves_is_made_of_the_roots_below(database_url: URL) -> None:
+    with head_of_an_empty_log(database_url) as connection:
+        roots = [hashlib.sha256(b"%d" % n).digest() for n in range(256)]
+        below = [{"n": n, "root": node, "hashes": bytes(8192)} for n, node in enumerate(roots[:-1])]
+        connection.execute(text("INSERT INTO ledger_tiles VALUES (0, :n, :hashes, :root)"), below)
+        # One leaf short of 256 full tiles, the last of which is made of ones whose hash is known.
+        last = [hashlib.sha256(b"leaf %d" % n).digest() for n in range(256)]
+        roots[-1] = tree_hash(last)
+        frontier = [tree_hash(roots[start : start + size]) for start, size in spans(255)]
+        statement = text("UPDATE ledger_head SET size = 255 * 256, frontier = :frontier")
+        connection.execute(statement, {"frontier": frontier})
+        assert grow(connection, last) == [tree_hash(roots)]
+        tiles = connection.execute(text("SELECT level, tile_index, hashes, root FROM ledger_tiles WHERE level = 1"))
+        (tile,) = tiles.all()
+        assert (tile.tile_index, bytes(tile.hashes), bytes(tile.root)) == (0, b"".join(roots), tree_hash(roots))
+
+
+def spans(size: int) -> list[tuple[int, int]]:
+    """Start and width of the full subtrees of a tree of this size, largest first."""
+    widths = [1 << height for height in reversed(range(size.bit_length())) if size >> height & 1]
+    return [(sum(widths[:n]), width) for n, width in enumerate(widths)]
 
 
 _json = st.recursive(

@@ -1,5 +1,6 @@
 """The schema's history: from the table before Alembic to head and back, without losing a row."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
+from verify import tree_hash
 
 import migrations
 from alembic import command
@@ -323,6 +325,17 @@ def test_missing_revisions_are_listed_oldest_first(bare_url: URL, database_url: 
     assert missing(database_url) == [], "a newer release migrated this database; older replicas go on"
 
 
+def test_tiles_from_before_0005_get_their_roots(empty_database_url: URL) -> None:
+    url = empty_database_url
+    command.upgrade(migrations.alembic_config(url), "0004")
+    hashes = [hashlib.sha256(b"%d" % n).digest() for n in range(256)]
+    execute(url, f"INSERT INTO ledger_tiles VALUES (0, 0, '\\x{b''.join(hashes).hex()}')")
+    migrations.upgrade(url)
+    assert bytes(execute(url, "SELECT root FROM ledger_tiles")) == tree_hash(hashes)
+    downgrade(url, "0004")
+    assert rows(url, "SELECT level, tile_index FROM ledger_tiles") == [(0, 0)]
+
+
 # squawk's rules that a revision breaks knowingly; one that is not listed breaks none.
 SQUAWK_EXCEPTIONS = {
     # The table as history has it; 0003 mends its types.
@@ -333,6 +346,8 @@ SQUAWK_EXCEPTIONS = {
     "renaming-column,renaming-table,require-concurrent-index-creation,require-concurrent-index-deletion",
     # A tile's level is 7 at most. The index is on a table made in the same transaction.
     "0004": "prefer-bigint-over-smallint,require-concurrent-index-creation",
+    # One row for 256 events.
+    "0005": "adding-not-nullable-field,constraint-missing-not-valid",
 }
 # squawk cannot see Alembic's transactions; the tests above resume after each statement instead.
 SQUAWK_OFF = "prefer-robust-stmts"

@@ -2,46 +2,19 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import API_KEY, eventually, execute, free_port
+from conftest import API_KEY, execute, served
 from sqlalchemy.engine import URL
 
 from config import ROOT
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice-the-secret-actor"}
-
-
-@contextmanager
-def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
-    """`python cli.py serve` on a free port; its standard output goes to the log file."""
-    port = free_port()
-    environment = {
-        **os.environ,
-        "DATABASE_URL": url.render_as_string(hide_password=False),
-        "API_KEY": API_KEY,
-        "PORT": str(port),
-        **variables,
-    }
-    with log.open("w") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        client.headers["X-API-Key"] = API_KEY
-        process = subprocess.Popen(
-            [sys.executable, "cli.py", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            eventually(lambda: "Uvicorn running" in log.read_text() or process.poll() is not None)
-            yield client
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0, log.read_text()
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
