@@ -4,7 +4,6 @@ Actors and event types follow Zipf's law, so there are common and rare ones. An 
 """
 
 import itertools
-import json
 import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -35,27 +34,26 @@ def zipf_weights(count: int) -> list[float]:
     return list(itertools.accumulate(rank**-ZIPF_EXPONENT for rank in range(1, count + 1)))
 
 
-def sample_events(count: int, seed: int) -> list[dict[str, Any]]:
-    """Events of about 240 bytes of JSON, which happened within the last hour; NUMBER_MARK stands in each."""
+def sample_events(count: int, seed: int, marked: bool = False) -> list[dict[str, Any]]:
+    """Events of about 240 bytes of JSON, of the last hour; marked, they have NUMBER_MARK for a number of their own."""
     rng = random.Random(seed)  # noqa: S311 - a load, not a secret
     ranks = rng.choices(range(ACTOR_COUNT), cum_weights=zipf_weights(ACTOR_COUNT), k=count)
     types = rng.choices(range(len(EVENT_TYPES)), cum_weights=zipf_weights(len(EVENT_TYPES)), k=count)
     now = datetime.now(UTC)
     return [
-        {
-            "event_type": EVENT_TYPES[event_type],
-            "actor": ACTORS[rank],
-            "timestamp": f"{now - timedelta(seconds=rng.random() * 3600):%Y-%m-%dT%H:%M:%S.%f}Z",
-            "tenant": TENANTS[rank % TENANT_COUNT],
-            "resource": f"{EVENT_TYPES[event_type].partition('.')[0]}/{NUMBER_MARK}",
-            "outcome": rng.choice(OUTCOMES),
-            "source": SOURCES[event_type % SOURCE_COUNT],
-            "metadata": {"request": f"r{NUMBER_MARK}", "region": "eu-1", "duration_ms": rng.randrange(1000)},
-        }
+        _event(rng, rank, event_type, now, NUMBER_MARK if marked else str(rng.randrange(10**8, 10**9)))
         for rank, event_type in zip(ranks, types, strict=True)
     ]
 
 
-def body_of(event: dict[str, Any]) -> str:
-    """The event as a client sends it."""
-    return json.dumps(event, separators=(",", ":"))
+def _event(rng: random.Random, rank: int, event_type: int, now: datetime, number: str) -> dict[str, Any]:
+    return {
+        "event_type": EVENT_TYPES[event_type],
+        "actor": ACTORS[rank],
+        "timestamp": f"{now - timedelta(seconds=rng.random() * 3600):%Y-%m-%dT%H:%M:%S.%f}Z",
+        "tenant": TENANTS[rank % TENANT_COUNT],
+        "resource": f"{KINDS[event_type % len(KINDS)]}/{number}",
+        "outcome": rng.choice(OUTCOMES),
+        "source": SOURCES[event_type % SOURCE_COUNT],
+        "metadata": {"request": f"r{number}", "region": "eu-1", "duration_ms": rng.randrange(1000)},
+    }

@@ -1,5 +1,6 @@
 """What the benchmarks run: a PostgreSQL of their own, databases filled once and cloned, and the two services."""
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -60,16 +61,20 @@ class Server:
         self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         return self.cluster.url(name)
 
-    def execute(self, database: str, statement: str) -> list[tuple[object, ...]]:
+    def execute(self, database: str, statement: str, *values: object) -> list[tuple[object, ...]]:
         with closing(connect(self.cluster.url(database))) as connection, connection.cursor() as cursor:
             connection.autocommit = True
-            cursor.execute(statement)
+            cursor.execute(statement, values)
             return cursor.fetchall() if cursor.description else []
 
     def settle(self, database: str) -> None:
         """The state in which every round starts: no dead rows, no pending GIN entries, nothing to write back."""
         self.execute(database, "VACUUM audit_events, ledger_head")
         self.execute(database, "CHECKPOINT")
+
+
+def template_name(rows: int, months: int) -> str:
+    return f"events_{rows}_in_{months}_months"
 
 
 def connect(url: URL) -> Connection:
@@ -81,11 +86,23 @@ def running_server(templates: Mapping[str, tuple[int, int]]) -> Iterator[Server]
     """A server that has the templates: name → (rows, months). They stay in DATA_DIR, so the next run has them."""
     DATA_DIR.mkdir(parents=True, exist_ok=True)
     data_dir = DATA_DIR / "postgres"
-    with _started(data_dir, _FILLING_SETTINGS) as server:
-        for name, (rows, months) in templates.items():
-            _make_template(server, name, rows, months)
-    with _started(data_dir, SERVER_SETTINGS) as server:
-        yield server
+    with _alone():
+        with _started(data_dir, _FILLING_SETTINGS) as server:
+            for name, (rows, months) in templates.items():
+                _make_template(server, name, rows, months)
+        with _started(data_dir, SERVER_SETTINGS) as server:
+            yield server
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two benchmarks on one machine measure each other, and would stop each other's server."""
+    with (DATA_DIR / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another benchmark is running on {DATA_DIR}") from None
+        yield
 
 
 @contextmanager
@@ -100,7 +117,8 @@ def _started(data_dir: Path, settings: Mapping[str, str]) -> Iterator[Server]:
 
 def _make_template(server: Server, name: str, rows: int, months: int) -> None:
     """Fill it under another name first: a template with the right name is a whole one."""
-    if server.execute("postgres", f"SELECT FROM pg_database WHERE datname = '{name}'"):
+    if server.execute("postgres", "SELECT 1 FROM pg_database WHERE datname = %s", name):
+        migrations.upgrade(server.cluster.url(name))
         return
     server.execute("postgres", "DROP DATABASE IF EXISTS filling")
     server.execute("postgres", "CREATE DATABASE filling")
@@ -125,7 +143,7 @@ def running_service(command: list[str], database: URL) -> Iterator[Service]:
     api_key = secrets.token_hex(16)
     environment = {
         **os.environ,
-        "DATABASE_URL": database.set(drivername="postgresql").render_as_string(hide_password=False),
+        "DATABASE_URL": database.render_as_string(hide_password=False),
         "API_KEY": api_key,
         "WORKERS": str(WORKERS),
         "HOST": "127.0.0.1",
