@@ -55,5 +55,5 @@ def _event(rng: random.Random, rank: int, event_type: int, now: datetime, number
         "resource": f"{KINDS[event_type % len(KINDS)]}/{number}",
         "outcome": rng.choice(OUTCOMES),
         "source": SOURCES[event_type % SOURCE_COUNT],
-        "metadata": {"request": f"r{number}", "region": "eu-1", "duration_ms": rng.randrange(1000)},
+        "metadata": {"request": f"r{number}", "region": "eu", "took_ms": rng.randrange(1000)},
     }

@@ -169,7 +169,7 @@ def _row_text(event_id: int, recorded_at: datetime, rank: int, event_type: int, 
         f"\t{events.KINDS[event_type % len(events.KINDS)]}/{number % (10 << event_type % 20)}"
         f"\t{events.OUTCOMES[bits % len(events.OUTCOMES)]}\t{events.SOURCES[event_type % events.SOURCE_COUNT]}"
         f"\t10.{rank >> 12}.{rank >> 6 & 63}.{rank & 63}\t{random_hex[96:]}"
-        f'\t{{"request": "r{number}", "duration_ms": {bits >> 40 & 0x3FF}{_MORE_METADATA[bits >> 24 & 0xFFF]}}}'
+        f'\t{{"request": "r{number}", "took_ms": {bits >> 40 & 0x3FF}{_MORE_METADATA[bits >> 24 & 0xFFF]}}}'
         f"\t\\\\x{random_hex[:32]}\t\\\\x{random_hex[32:96]}\n"
     )
 

@@ -7,7 +7,7 @@
 \set source 1 + (:event_type - 1) % $source_count
 \set outcome random(1, $outcome_count)
 \set number random(100000000, 999999999)
-\set duration random(0, 999)
+\set took_ms random(0, 999)
 \set age_ms random(0, 3599999)
 INSERT INTO audit_events (event_type, actor, timestamp, tenant, resource, outcome, source, source_ip, trace_id, metadata, nonce, personal_hash)
 VALUES (
@@ -20,7 +20,7 @@ VALUES (
     ('$sources'::text[])[:source],
     NULL,
     NULL,
-    ('{"request": "r' || :number || '", "region": "eu-1", "duration_ms": ' || :duration || '}')::jsonb,
+    ('{"request": "r' || :number || '", "region": "eu", "took_ms": ' || :took_ms || '}')::jsonb,
     int8send(:number) || int8send(:age_ms),
-    int8send(:number) || int8send(:age_ms) || int8send(:actor) || int8send(:duration)
+    int8send(:number) || int8send(:age_ms) || int8send(:actor) || int8send(:took_ms)
 );
