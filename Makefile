@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run test bench-ingest lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
 
 test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself
 	$(BIN)/pytest
+
+bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench and COPY; options in ARGS="--only single-64"
+	$(BIN)/python -m bench.ingest $(ARGS)
 
 lint: $(VENV)/dev.installed ## style and types
 	$(BIN)/ruff check .
