@@ -41,7 +41,7 @@ SERVER_SETTINGS = {
 _FILLING_SETTINGS = {**SERVER_SETTINGS, "fsync": "off", "wal_level": "minimal", "max_wal_senders": "0"}
 
 WORKERS = 2
-SERVE_COMMAND = ["-m", "uvicorn", "main:app", "--workers", str(WORKERS), "--no-access-log"]
+SERVE_COMMAND = ["cli.py", "serve"]
 PLAIN_COMMAND = ["-m", "uvicorn", "bench.plain_fastapi:app", "--workers", str(WORKERS), "--no-access-log"]
 
 
