@@ -1,0 +1,99 @@
+"""PostgreSQL for the faults: reached over TCP, killed and frozen whole, on a disk small enough to be filled."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from conftest import BINARIES, execute, free_port
+from sqlalchemy.engine import URL
+
+from cluster import Cluster
+
+SERVERS = tuple(BINARIES)
+DEFAULT_SERVER = "debian15" if "debian15" in BINARIES else "embedded"
+CAN_MOUNT = os.geteuid() == 0
+_DISK_BYTES = 768 * 1024 * 1024
+
+
+class Postgres:
+    """One server, with what can befall it."""
+
+    def __init__(self, name: str, disk: Path) -> None:
+        self._port = free_port()
+        self._ballast = disk / "ballast"
+        options = {"listen_addresses": "127.0.0.1", "port": str(self._port), "max_connections": "50"}
+        self.cluster = Cluster(BINARIES[name], disk / "postgres", options)
+
+    def url(self, database: str = "postgres") -> URL:
+        return self.cluster.url(database).set(host="127.0.0.1", port=self._port, query={})
+
+    def processes(self) -> list[psutil.Process]:
+        """The postmaster, and every process under it."""
+        postmaster = psutil.Process(self.cluster.pid())
+        return [postmaster, *postmaster.children(recursive=True)]
+
+    def send(self, number: signal.Signals) -> None:
+        """The signal to all of its processes, the postmaster first, so that it starts no new ones."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def crash(self) -> None:
+        """SIGKILL, as a power cut would be but for the disk's cache."""
+        processes = self.processes()
+        self.send(signal.SIGKILL)
+        psutil.wait_procs(processes, timeout=10)
+
+    def kill_backend_of_writer(self) -> None:
+        """SIGKILL to the one process that flushes: the postmaster ends all others and recovers."""
+        pid = execute(
+            self.url(),
+            "SELECT pid FROM pg_stat_activity WHERE query ~ 'ledger_head|append_events' AND pid <> pg_backend_pid()",
+        )
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def fill_disk(self) -> None:
+        """Leave no free block."""
+        block = bytes(1024 * 1024)
+        with self._ballast.open("wb", buffering=0) as ballast, suppress(OSError):
+            while ballast.write(block) == len(block):
+                pass
+
+    def switch_wal(self) -> None:
+        """Use up the WAL segments that are there already: then the next one needs the disk."""
+        for _ in range(12):
+            with suppress(Exception):
+                execute(self.url(), "SELECT pg_switch_wal(), pg_logical_emit_message(false, 'faults', 'x')")
+
+    def free_disk(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def ensure_running(self) -> None:
+        """Start it where it is down, as an operator or init would."""
+        with suppress(FileNotFoundError):
+            self.cluster.start()
+
+
+@contextmanager
+def running_postgres(name: str, folder: Path) -> Iterator[Postgres]:
+    """A server on a disk of its own, a tmpfs, where we may mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if CAN_MOUNT:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES},mode=711", "audit-faults", disk], check=True)
+    postgres = Postgres(name, disk)
+    try:
+        postgres.cluster.start()
+        yield postgres
+    finally:
+        postgres.free_disk()
+        if postgres.cluster.is_running():
+            postgres.send(signal.SIGCONT)
+            postgres.cluster.stop("immediate")
+        if CAN_MOUNT:
+            subprocess.run(["umount", "--lazy", disk], check=True)

@@ -1,0 +1,201 @@
+"""A TCP proxy between one service and PostgreSQL: it cuts connections in mid-flush and lets packets vanish.
+
+It knows nothing of the protocol but whose turn it is: what a client sends after the server spoke is a new request.
+"""
+
+import ctypes
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+_FLUSH_MARKS = (b"ledger_head", b"append_events")  # only the writer's connection says these
+_CHUNK_BYTES = 64 * 1024
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # Linux, asm-generic/socket.h
+_BPF_RETURN = 0x06  # BPF_RET | BPF_K: with 0, drop the whole packet
+
+
+@dataclass
+class Trap:
+    """Springs once, at a request that is part of a flush."""
+
+    spring: Callable[["Link"], None]
+    turns_to_pass: int = 0  # requests on the writer's connection that it lets through first
+    after_passing: bool = False  # spring when the server has the request, or before it gets it
+    sprung: threading.Event = field(default_factory=threading.Event)
+
+
+class Link:
+    """One connection of the service to PostgreSQL, both ends of it."""
+
+    def __init__(self, proxy: "Proxy", client: socket.socket, server: socket.socket) -> None:
+        self.client_port: int = client.getpeername()[1]
+        self.is_writer = False
+        self.request_bytes_left: int | None = None  # of this many more bytes the last one ends the connection
+        self.answer_bytes_left: int | None = None
+        self._proxy, self._client, self._server = proxy, client, server
+        self._server_spoke = True
+        self._lit = threading.Event()
+        self._lit.set()
+        self._pumps = [threading.Thread(target=pump, daemon=True) for pump in (self._pump_requests, self._pump_answers)]
+        self._runner = threading.Thread(target=self._run, daemon=True)
+        self._runner.start()
+
+    def cut(self) -> None:
+        """End both sides at once."""
+        self._lit.set()
+        for end in (self._client, self._server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def darken(self) -> None:
+        """From now on packets vanish, unacknowledged, as those to a host that is lost."""
+        self._lit.clear()
+        for end in (self._client, self._server):
+            _drop_packets(end)
+
+    def relight(self) -> None:
+        """The network is back; what either side gave up meanwhile is refused by its own kernel."""
+        for end in (self._client, self._server):
+            with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+        self._lit.set()
+
+    def join(self) -> None:
+        self._runner.join()
+
+    def _run(self) -> None:
+        with self._client, self._server:
+            for pump in self._pumps:
+                pump.start()
+            for pump in self._pumps:
+                pump.join()
+        self._proxy.forget(self)
+
+    def _pump_requests(self) -> None:
+        for chunk in self._chunks(self._client):
+            self.is_writer = self.is_writer or any(mark in chunk for mark in _FLUSH_MARKS)
+            trap = self._proxy.trap_for(self) if self._server_spoke else None
+            self._server_spoke = False
+            if trap and not trap.after_passing:
+                trap.spring(self)
+            self.request_bytes_left = self._pass_on(chunk, self._server, self.request_bytes_left)
+            if trap and trap.after_passing:
+                trap.spring(self)
+            if trap:
+                trap.sprung.set()
+
+    def _pump_answers(self) -> None:
+        for chunk in self._chunks(self._server):
+            self._server_spoke = True
+            self.answer_bytes_left = self._pass_on(chunk, self._client, self.answer_bytes_left)
+
+    def _chunks(self, source: socket.socket) -> Iterator[bytes]:
+        with suppress(OSError):
+            while chunk := source.recv(_CHUNK_BYTES):
+                self._lit.wait()
+                yield chunk
+        self.cut()
+
+    def _pass_on(self, chunk: bytes, target: socket.socket, bytes_left: int | None) -> int | None:
+        self._lit.wait()
+        target.sendall(chunk[:bytes_left])
+        if bytes_left is None:
+            return None
+        if bytes_left <= len(chunk):
+            self.cut()
+        return max(bytes_left - len(chunk), 0)
+
+
+class Proxy:
+    """Listens on a port of its own for one service."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._trap: Trap | None = None
+        self._links: set[Link] = set()
+        self._is_dark = False
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
+
+    def arm(self, trap: Trap | None) -> None:
+        """Set the trap for the next flush, instead of the one before; None takes it away."""
+        with self._lock:
+            self._trap = trap
+
+    def trap_for(self, link: Link) -> Trap | None:
+        """The trap, where this request of this connection springs it."""
+        with self._lock:
+            if self._trap is None or not link.is_writer:
+                return None
+            if self._trap.turns_to_pass:
+                self._trap.turns_to_pass -= 1
+                return None
+            trap, self._trap = self._trap, None
+            return trap
+
+    def darken(self) -> None:
+        """The service's host loses its network: connections there are, and those that it still makes."""
+        with self._lock:
+            self._is_dark = True
+            links = set(self._links)
+        for link in links:
+            link.darken()
+
+    def relight(self) -> None:
+        with self._lock:
+            self._is_dark = False
+            links = set(self._links)
+        for link in links:
+            link.relight()
+
+    def forget(self, link: Link) -> None:
+        with self._lock:
+            self._links.discard(link)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            links = set(self._links)
+        for link in links:
+            link.relight()
+            link.cut()
+            link.join()
+        self._acceptor.join()
+
+    def _accept(self) -> None:
+        with self._listener:
+            while True:
+                try:
+                    client, _ = self._listener.accept()
+                except OSError:
+                    return
+                self._connect(client)
+
+    def _connect(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._server_port))
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link = Link(self, client, server)
+        except OSError:
+            client.close()  # the server is down, and its client learns so
+            return
+        with self._lock:
+            self._links.add(link)
+            is_dark = self._is_dark
+        if is_dark:
+            link.darken()
+
+
+def _drop_packets(end: socket.socket) -> None:
+    """Attach a filter that drops whatever arrives at the socket, acknowledgements included (socket(7))."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    with suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))

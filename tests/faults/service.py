@@ -1,0 +1,115 @@
+"""The service as it ships, in processes of its own, on PostgreSQL behind a proxy of its own."""
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from conftest import API_KEY, eventually, free_port
+from network import Link, Proxy
+from sqlalchemy.engine import URL
+
+from config import ROOT
+
+WORKERS = 2
+_STOP_TIMEOUT_S = 25  # the grace period is 20 s
+
+
+class Service:
+    """One replica: a supervisor, its workers, and the way to the database."""
+
+    def __init__(self, database_url: URL, log: Path) -> None:
+        assert database_url.port is not None
+        self.proxy = Proxy(database_url.port)
+        self.port = free_port()
+        self.log = log
+        self._log_seen = 0
+        self._url = database_url.set(drivername="postgresql", port=self.proxy.port)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it is ready with all its workers."""
+        environment = {
+            **os.environ,
+            "API_KEY": API_KEY,
+            "DATABASE_URL": self._url.render_as_string(hide_password=False),
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            "WORKERS": str(WORKERS),
+        }
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(self._command(), cwd=ROOT, env=environment, stdout=output, stderr=output)
+        self.wait_until_whole()
+
+    def _command(self):
+        from config import Settings
+
+        if "workers" in Settings.__dataclass_fields__:
+            return [sys.executable, "cli.py", "serve"]
+        return [sys.executable, "-m", "uvicorn", "main:app", "--workers", "2", "--port", str(self.port)]
+
+    def wait_until_whole(self) -> None:
+        """Wait until the service is ready and every worker that died has a successor."""
+        eventually(lambda: self._is_ready() and len(self.workers()) == WORKERS, seconds=30)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that answer requests."""
+        assert self._process is not None
+        found = []
+        for child in psutil.Process(self._process.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def worker_of(self, link: Link) -> psutil.Process | None:
+        """The worker at the other end of a connection to the database, where it lives still."""
+        for worker in self.workers():
+            with suppress(psutil.NoSuchProcess):
+                if any(c.laddr.port == link.client_port for c in worker.net_connections("tcp")):
+                    return worker
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL to the supervisor and all its workers."""
+        assert self._process is not None
+        family = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        psutil.wait_procs(family)
+
+    def stop(self) -> int:
+        """SIGTERM, and wait; the exit status."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(_STOP_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Leave no process behind, whatever happened."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        self.proxy.close()
+
+    def new_tracebacks(self) -> list[str]:
+        """Log lines with a traceback since the last call: nobody foresaw what they tell of."""
+        with self.log.open("rb") as lines:
+            lines.seek(self._log_seen)
+            text = lines.read().decode()
+            self._log_seen = lines.tell()
+        return [line for line in text.splitlines() if "Traceback" in line]
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
