@@ -16,9 +16,10 @@ from conftest import API_KEY, eventually
 from traffic import Event, Submission, make_submission
 
 CLIENTS = 14
-_FRESH_CLIENTS = 3  # of them, those that make a new connection for each request
+_FRESH_CLIENTS = 4  # of them, those that make a new connection for each request, and soon try another worker
 _THINK_S = 0.02  # at most, between two requests: the log must stay small enough to be checked in each round
 _ANSWER_TIMEOUT_S = 20
+_FRESH_ANSWER_TIMEOUT_S = 1.5
 _DRAIN_TIMEOUT_S = 40
 _NOTHING_STORED = ("database-unavailable", "queue-full", "shutting-down", "schema-not-ready")
 
@@ -98,6 +99,7 @@ class _Client:
         self._name = f"{seed}.{number}"
         self._random = Random(self._name)  # noqa: S311 - repeatable on purpose
         self._keeps_connections = number >= _FRESH_CLIENTS
+        self._timeout_s = _ANSWER_TIMEOUT_S if self._keeps_connections else _FRESH_ANSWER_TIMEOUT_S
         self._connection: http.client.HTTPConnection | None = None
         self._answered: deque[tuple[Submission, list[int]]] = deque(maxlen=50)
 
@@ -174,14 +176,14 @@ class _Client:
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._disconnect()
             raise _OutcomeUnknown from error
-        if not self._keeps_connections or self._random.random() < 0.02:
+        if not self._keeps_connections or self._random.random() < 0.01:
             self._disconnect()
         return answer
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._connection is None or self._connection.sock is None:
             port = self._random.choice(self._ports)
-            self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_TIMEOUT_S)
+            self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=self._timeout_s)
             try:
                 self._connection.connect()
             except OSError as error:

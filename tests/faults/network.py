@@ -26,6 +26,10 @@ class Trap:
     after_passing: bool = False  # spring when the server has the request, or before it gets it
     sprung: threading.Event = field(default_factory=threading.Event)
 
+    def go_off(self, link: "Link") -> None:
+        self.spring(link)
+        self.sprung.set()
+
 
 class Link:
     """One connection of the service to PostgreSQL, both ends of it."""
@@ -39,7 +43,6 @@ class Link:
         self._server_spoke = True
         self._lit = threading.Event()
         self._lit.set()
-        self._pumps = [threading.Thread(target=pump, daemon=True) for pump in (self._pump_requests, self._pump_answers)]
         self._runner = threading.Thread(target=self._run, daemon=True)
         self._runner.start()
 
@@ -68,36 +71,38 @@ class Link:
 
     def _run(self) -> None:
         with self._client, self._server:
-            for pump in self._pumps:
-                pump.start()
-            for pump in self._pumps:
-                pump.join()
+            answers = threading.Thread(target=self._pump, args=[self._pass_answers], daemon=True)
+            answers.start()
+            self._pump(self._pass_requests)
+            answers.join()
         self._proxy.forget(self)
 
-    def _pump_requests(self) -> None:
+    def _pump(self, pass_all: Callable[[], None]) -> None:
+        """One direction, until either end closes; then so does the other."""
+        with suppress(OSError):
+            pass_all()
+        self.cut()
+
+    def _pass_requests(self) -> None:
         for chunk in self._chunks(self._client):
             self.is_writer = self.is_writer or any(mark in chunk for mark in _FLUSH_MARKS)
             trap = self._proxy.trap_for(self) if self._server_spoke else None
             self._server_spoke = False
             if trap and not trap.after_passing:
-                trap.spring(self)
+                trap.go_off(self)
             self.request_bytes_left = self._pass_on(chunk, self._server, self.request_bytes_left)
             if trap and trap.after_passing:
-                trap.spring(self)
-            if trap:
-                trap.sprung.set()
+                trap.go_off(self)
 
-    def _pump_answers(self) -> None:
+    def _pass_answers(self) -> None:
         for chunk in self._chunks(self._server):
             self._server_spoke = True
             self.answer_bytes_left = self._pass_on(chunk, self._client, self.answer_bytes_left)
 
     def _chunks(self, source: socket.socket) -> Iterator[bytes]:
-        with suppress(OSError):
-            while chunk := source.recv(_CHUNK_BYTES):
-                self._lit.wait()
-                yield chunk
-        self.cut()
+        while chunk := source.recv(_CHUNK_BYTES):
+            self._lit.wait()
+            yield chunk
 
     def _pass_on(self, chunk: bytes, target: socket.socket, bytes_left: int | None) -> int | None:
         self._lit.wait()
