@@ -48,14 +48,10 @@ class Postgres:
         self.send(signal.SIGKILL)
         psutil.wait_procs(processes, timeout=10)
 
-    def kill_backend_of_writer(self) -> None:
-        """SIGKILL to the one process that flushes: the postmaster ends all others and recovers."""
-        pid = execute(
-            self.url(),
-            "SELECT pid FROM pg_stat_activity WHERE query ~ 'ledger_head|append_events' AND pid <> pg_backend_pid()",
-        )
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    def backend_of(self, client_port: int) -> psutil.Process:
+        """The server's process for the connection that comes from this port."""
+        statement = f"SELECT pid FROM pg_stat_activity WHERE client_port = {client_port}"
+        return psutil.Process(execute(self.url(), statement))
 
     def fill_disk(self) -> None:
         """Leave no free block."""

@@ -76,8 +76,9 @@ def terminate_service(scene: Scene) -> None:
 
 def kill_postgres(scene: Scene) -> None:
     for _ in range(scene.random.choice([1, 1, 2])):
-        if scene.random.random() < 0.3:
-            scene.postgres.kill_backend_of_writer()
+        if scene.random.random() < 0.3:  # one process only: the postmaster ends all others and recovers
+            kill = lambda link: scene.postgres.backend_of(link.server_port).kill()  # noqa: E731
+            _spring(scene, scene.some_service(), Trap(kill, after_passing=scene.random.random() < 0.5))
         else:
             scene.postgres.crash()
             scene.postgres.ensure_running()
@@ -102,6 +103,25 @@ def cut_connection(scene: Scene) -> None:
         _spring(scene, scene.some_service(), Trap(cut, scene.random.randrange(6)))
 
 
+def stop_backend(scene: Scene) -> None:
+    """Several times: the server's process has a flush before it and stands still, while its client is cut off,
+    sends the flush again and is served by another process. Then the first goes on.
+    """
+    for _ in range(scene.random.randrange(2, 5)):
+        stopped: list[psutil.Process] = []
+
+        def stop(link: Link, stopped: list[psutil.Process] = stopped) -> None:
+            stopped.append(scene.postgres.backend_of(link.server_port))
+            stopped[0].suspend()
+            link.cut_after_request()
+
+        _spring(scene, scene.some_service(), Trap(stop, only_flushes=True))
+        scene.pause(0.1, 0.6)
+        for backend in stopped:
+            backend.resume()
+        scene.load.wait_for_acknowledgements(20)
+
+
 def lose_host(scene: Scene) -> None:
     """Packets of one writer's connection vanish, or all of one host's where there is another."""
     service = scene.some_service()
@@ -124,13 +144,14 @@ def fill_disk(scene: Scene) -> None:
 
 
 KINDS = (
-    Kind("kill a worker", kill_worker, 3, OTHERS_STALL_S),
+    Kind("kill a worker", kill_worker, 2, OTHERS_STALL_S),
     Kind("stop a worker", stop_worker, 2, OTHERS_STALL_S),
     Kind("kill the service", kill_service, 2, _OUTAGE_STALL_S),
     Kind("end the service (SIGTERM)", terminate_service, 1, _OUTAGE_STALL_S),
     Kind("kill PostgreSQL", kill_postgres, 3, _OUTAGE_STALL_S),
     Kind("freeze PostgreSQL", freeze_postgres, 1, _OUTAGE_STALL_S),
-    Kind("cut the connection", cut_connection, 4, OTHERS_STALL_S),
+    Kind("cut the connection", cut_connection, 3, OTHERS_STALL_S),
+    Kind("stop a backend", stop_backend, 2, OTHERS_STALL_S),
     Kind("lose a host's packets", lose_host, 2, OTHERS_STALL_S),
     Kind("fill the disk", fill_disk, 2, _OUTAGE_STALL_S, needs_root=True),
 )

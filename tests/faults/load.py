@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
-from itertools import pairwise
+from itertools import cycle, pairwise
 from random import Random
 
 from conftest import API_KEY, eventually
+from service import ANSWER_TIMEOUT_S, Service
 from traffic import Event, Submission, make_submission
 
 CLIENTS = 14
 _FRESH_CLIENTS = 4  # of them, those that make a new connection for each request, and soon try another worker
-_THINK_S = 0.02  # at most, between two requests: the log must stay small enough to be checked in each round
-_ANSWER_TIMEOUT_S = 20
+_THINK_S = 0.03  # at most, between two requests: the log must stay small enough to be checked in each round
 _FRESH_ANSWER_TIMEOUT_S = 1.5
 _DRAIN_TIMEOUT_S = 40
 _NOTHING_STORED = ("database-unavailable", "queue-full", "shutting-down", "schema-not-ready")
@@ -56,14 +56,17 @@ class _NothingSent(Exception):
 class Load:
     """All clients of one round."""
 
-    def __init__(self, ports: Sequence[int], seed: str) -> None:
+    def __init__(self, services: Sequence[Service], seed: str) -> None:
         self.record = Record()
         self.started_at = time.monotonic()
         self.gives_up = False  # drained, or not to be drained: no client tries again
         self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=_Client(self, ports, seed, number).run, daemon=True) for number in range(CLIENTS)
-        ]
+        clients = [_Client(self, services, f"{seed}.{number}") for number in range(CLIENTS)]
+        # A worker that answers no more still accepts: one who stays with another worker must not feel it.
+        workers = cycle([(service, worker) for service in services for worker in service.workers()])
+        for client, (service, worker) in zip(clients[_FRESH_CLIENTS:], workers, strict=False):
+            client.stay_with(service.connect_to(worker))
+        self._threads = [threading.Thread(target=client.run, daemon=True) for client in clients]
         for thread in self._threads:
             thread.start()
 
@@ -92,16 +95,21 @@ class Load:
 
 
 class _Client:
-    def __init__(self, load: Load, ports: Sequence[int], seed: str, number: int) -> None:
+    """Posts on a connection of its own; on a new one for each request, unless told to stay with one."""
+
+    def __init__(self, load: Load, services: Sequence[Service], name: str) -> None:
         self._load = load
         self._record = load.record
-        self._ports = ports
-        self._name = f"{seed}.{number}"
-        self._random = Random(self._name)  # noqa: S311 - repeatable on purpose
-        self._keeps_connections = number >= _FRESH_CLIENTS
-        self._timeout_s = _ANSWER_TIMEOUT_S if self._keeps_connections else _FRESH_ANSWER_TIMEOUT_S
+        self._ports = [service.port for service in services]
+        self._name = name
+        self._random = Random(name)  # noqa: S311 - repeatable on purpose
+        self._stays = False
         self._connection: http.client.HTTPConnection | None = None
         self._answered: deque[tuple[Submission, list[int]]] = deque(maxlen=50)
+
+    def stay_with(self, connection: http.client.HTTPConnection) -> None:
+        """Keep the connection for as long as it lives."""
+        self._connection, self._stays = connection, True
 
     def run(self) -> None:
         count = 0
@@ -176,14 +184,15 @@ class _Client:
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._disconnect()
             raise _OutcomeUnknown from error
-        if not self._keeps_connections or self._random.random() < 0.01:
+        if not self._stays:
             self._disconnect()
         return answer
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._connection is None or self._connection.sock is None:
             port = self._random.choice(self._ports)
-            self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=self._timeout_s)
+            timeout_s = ANSWER_TIMEOUT_S if self._stays else _FRESH_ANSWER_TIMEOUT_S
+            self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
             try:
                 self._connection.connect()
             except OSError as error:

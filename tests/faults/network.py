@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-_FLUSH_MARKS = (b"ledger_head", b"append_events")  # only the writer's connection says these
+_FLUSH_MARK = b"append_events"  # only the writer's connection says this
 _CHUNK_BYTES = 64 * 1024
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # Linux, asm-generic/socket.h
 _BPF_RETURN = 0x06  # BPF_RET | BPF_K: with 0, drop the whole packet
@@ -19,10 +19,11 @@ _BPF_RETURN = 0x06  # BPF_RET | BPF_K: with 0, drop the whole packet
 
 @dataclass
 class Trap:
-    """Springs once, at a request that is part of a flush."""
+    """Springs once, at a request of a writer's connection."""
 
     spring: Callable[["Link"], None]
-    turns_to_pass: int = 0  # requests on the writer's connection that it lets through first
+    turns_to_pass: int = 0  # requests that it lets through first
+    only_flushes: bool = False
     after_passing: bool = False  # spring when the server has the request, or before it gets it
     sprung: threading.Event = field(default_factory=threading.Event)
 
@@ -35,8 +36,10 @@ class Link:
     """One connection of the service to PostgreSQL, both ends of it."""
 
     def __init__(self, proxy: "Proxy", client: socket.socket, server: socket.socket) -> None:
-        self.client_port: int = client.getpeername()[1]
-        self.is_writer = False
+        self.client_port: int = client.getpeername()[1]  # the service's end
+        self.server_port: int = server.getsockname()[1]  # what PostgreSQL takes for its client
+        self._is_writer = False
+        self._request_head = b""
         self.request_bytes_left: int | None = None  # of this many more bytes the last one ends the connection
         self.answer_bytes_left: int | None = None
         self._proxy, self._client, self._server = proxy, client, server
@@ -52,6 +55,10 @@ class Link:
         for end in (self._client, self._server):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def cut_after_request(self) -> None:
+        """End both sides when the server has this request whole: a message is a type, its length, its body."""
+        self.request_bytes_left = 1 + int.from_bytes(self._request_head[1:5])
 
     def darken(self) -> None:
         """From now on packets vanish, unacknowledged, as those to a host that is lost."""
@@ -85,8 +92,10 @@ class Link:
 
     def _pass_requests(self) -> None:
         for chunk in self._chunks(self._client):
-            self.is_writer = self.is_writer or any(mark in chunk for mark in _FLUSH_MARKS)
-            trap = self._proxy.trap_for(self) if self._server_spoke else None
+            self._is_writer = self._is_writer or _FLUSH_MARK in chunk
+            trap = self._proxy.trap_for(chunk) if self._server_spoke and self._is_writer else None
+            if self._server_spoke:
+                self._request_head = chunk[:5]
             self._server_spoke = False
             if trap and not trap.after_passing:
                 trap.go_off(self)
@@ -133,10 +142,10 @@ class Proxy:
         with self._lock:
             self._trap = trap
 
-    def trap_for(self, link: Link) -> Trap | None:
-        """The trap, where this request of this connection springs it."""
+    def trap_for(self, request: bytes) -> Trap | None:
+        """The trap, where this request springs it."""
         with self._lock:
-            if self._trap is None or not link.is_writer:
+            if self._trap is None or (self._trap.only_flushes and _FLUSH_MARK not in request):
                 return None
             if self._trap.turns_to_pass:
                 self._trap.turns_to_pass -= 1

@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL
 from config import ROOT
 
 WORKERS = 2
+ANSWER_TIMEOUT_S = 20
 _STOP_TIMEOUT_S = 25  # the grace period is 20 s
 
 
@@ -68,11 +69,26 @@ class Service:
 
     def worker_of(self, link: Link) -> psutil.Process | None:
         """The worker at the other end of a connection to the database, where it lives still."""
-        for worker in self.workers():
-            with suppress(psutil.NoSuchProcess):
-                if any(c.laddr.port == link.client_port for c in worker.net_connections("tcp")):
-                    return worker
-        return None
+        return next((worker for worker in self.workers() if link.client_port in _ports(worker, "laddr")), None)
+
+    def connect_to(self, worker: psutil.Process) -> http.client.HTTPConnection:
+        """A connection that this worker answers. The kernel gives each to any of them, so it takes some tries."""
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_TIMEOUT_S)
+            connection.connect()
+            if self._who_accepted(connection.sock.getsockname()[1]) == worker:
+                return connection
+            connection.close()
+
+    def _who_accepted(self, port: int) -> psutil.Process:
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found.extend(worker for worker in self.workers() if port in _ports(worker, "raddr"))
+            return bool(found)
+
+        eventually(look)
+        return found[0]
 
     def kill(self) -> None:
         """SIGKILL to the supervisor and all its workers."""
@@ -113,3 +129,10 @@ class Service:
             return False
         finally:
             connection.close()
+
+
+def _ports(worker: psutil.Process, end: str) -> set[int]:
+    """The ports at one end of the worker's connections."""
+    with suppress(psutil.NoSuchProcess):
+        return {getattr(connection, end).port for connection in worker.net_connections("tcp") if connection.raddr}
+    return set()

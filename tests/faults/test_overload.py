@@ -137,7 +137,7 @@ def test_clients_that_go_away_in_mid_request_hold_up_nobody(service: Service, da
     body = json.dumps([{**LOGIN, "metadata": {"token": "gone"}}] * 1_000).encode()
     head = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
     request = f"POST /events/batch HTTP/1.1\r\nHost: x\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    load = Load([service.port], "gone")
+    load = Load([service], "gone")
     load.wait_for_acknowledgements(100)
     with ExitStack() as stay:
         for number in range(60):

@@ -98,7 +98,7 @@ def run_round(
     """Load, a fault and its cure in the midst of it, and the books closed when all is quiet."""
     random = Random(f"{seed}/{number}")  # noqa: S311 - repeatable on purpose
     started_at = time.monotonic()
-    load = Load([service.port for service in services], f"{seed}/{number}")
+    load = Load(services, f"{seed}/{number}")
     try:
         load.wait_for_acknowledgements(100)
         scene = Scene(postgres, services, load, random)

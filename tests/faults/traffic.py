@@ -63,7 +63,7 @@ def _single(random: Random, name: str) -> Submission:
 
 
 def _batch(random: Random, name: str) -> Submission:
-    length = _LARGE_BATCH if random.random() < 0.01 else random.randrange(1, 30)
+    length = _LARGE_BATCH if random.random() < 0.004 else random.randrange(1, 20)
     events = [_make_event(random, f"{name}.{number}") for number in range(length)]
     share_keyed = random.choice([0, 0.5, 1, 1, 1])
     keys = [event["metadata"]["token"] if random.random() < share_keyed else None for event in events]
