@@ -96,26 +96,25 @@ def run_round(
     postgres: Postgres, services: Sequence[Service], books: Books, seed: str, number: int, kind: Kind
 ) -> Round:
     """Load, a fault and its cure in the midst of it, and the books closed when all is quiet."""
-    random = Random(f"{seed}/{number}")  # noqa: S311 - repeatable on purpose
+    print(f"{number:4} {kind.name:26} {len(services)} replicas", end="", flush=True)
     started_at = time.monotonic()
     load = Load(services, f"{seed}/{number}")
+    scene = Scene(postgres, services, load, Random(f"{seed}/{number}"))  # noqa: S311 - repeatable on purpose
     try:
         load.wait_for_acknowledgements(100)
-        scene = Scene(postgres, services, load, random)
         scene.pause(0, 0.5)
         kind.inflict(scene)
         load.wait_for_acknowledgements(100)
-    finally:
         stall_s = load.drain()
-    for service in services:
-        service.wait_until_whole()
-        load.record.complaints += service.new_tracebacks()
+        for service in services:
+            service.wait_until_whole()
+    except AssertionError as error:
+        load.record.complain(f"it did not come back: {error}")
+        stall_s = load.drain()
+    load.record.complaints += [line for service in services for line in service.new_tracebacks()]
     verdict = books.close_round(load.record)
-    print(
-        f"{number:4} {kind.name:26} {len(services)} replicas,"
-        f" {verdict.acknowledged:7} acknowledged, {stall_s:5.1f} s stall, {time.monotonic() - started_at:5.1f} s",
-        flush=True,
-    )
+    took_s = time.monotonic() - started_at
+    print(f" {verdict.acknowledged:7} acknowledged, {stall_s:5.1f} s stall, {took_s:5.1f} s", flush=True)
     return Round(number, kind, verdict, stall_s)
 
 
