@@ -3,15 +3,17 @@
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from conftest import BINARIES, execute, free_port
+from conftest import BINARIES, eventually, execute, free_port
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
 
-from cluster import Cluster
+from cluster import SUPERUSER, Cluster, ClusterError
 
 SERVERS = tuple(BINARIES)
 DEFAULT_SERVER = "debian15" if "debian15" in BINARIES else "embedded"
@@ -29,7 +31,7 @@ class Postgres:
         self.cluster = Cluster(BINARIES[name], disk / "postgres", options)
 
     def url(self, database: str = "postgres") -> URL:
-        return self.cluster.url(database).set(host="127.0.0.1", port=self._port, query={})
+        return URL.create("postgresql+psycopg2", SUPERUSER, host="127.0.0.1", port=self._port, database=database)
 
     def processes(self) -> list[psutil.Process]:
         """The postmaster, and every process under it."""
@@ -63,33 +65,43 @@ class Postgres:
     def switch_wal(self) -> None:
         """Use up the WAL segments that are there already: then the next one needs the disk."""
         for _ in range(12):
-            with suppress(Exception):
+            with suppress(OperationalError):
                 execute(self.url(), "SELECT pg_switch_wal(), pg_logical_emit_message(false, 'faults', 'x')")
 
     def free_disk(self) -> None:
         self._ballast.unlink(missing_ok=True)
 
+    def end(self) -> None:
+        """Whatever state a failed round left it in."""
+        self.free_disk()
+        if self.cluster.is_running():
+            self.send(signal.SIGCONT)
+            self.cluster.stop("immediate")
+
     def ensure_running(self) -> None:
-        """Start it where it is down, as an operator or init would."""
-        with suppress(FileNotFoundError):
+        """Start it where it is down, as init would, until it takes connections."""
+        eventually(self._comes_up)
+
+    def _comes_up(self) -> bool:
+        try:
             self.cluster.start()
+            execute(self.url(), "SELECT 1")
+        except (ClusterError, OperationalError):
+            return False
+        return True
 
 
 @contextmanager
-def running_postgres(name: str, folder: Path) -> Iterator[Postgres]:
+def running_postgres(name: str) -> Iterator[Postgres]:
     """A server on a disk of its own, a tmpfs, where we may mount one."""
-    disk = folder / "disk"
-    disk.mkdir()
-    if CAN_MOUNT:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES},mode=711", "audit-faults", disk], check=True)
-    postgres = Postgres(name, disk)
-    try:
+    with tempfile.TemporaryDirectory(prefix="audit-faults-") as folder, ExitStack() as stack:
+        disk = Path(folder)
+        disk.chmod(0o711)  # the server may run as another user than we do
+        if CAN_MOUNT:
+            options = f"size={_DISK_BYTES},mode=711"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "audit-faults", disk], check=True)
+            stack.callback(lambda: subprocess.run(["umount", "--lazy", disk], check=True))
+        postgres = Postgres(name, disk)
+        stack.callback(postgres.end)
         postgres.cluster.start()
         yield postgres
-    finally:
-        postgres.free_disk()
-        if postgres.cluster.is_running():
-            postgres.send(signal.SIGCONT)
-            postgres.cluster.stop("immediate")
-        if CAN_MOUNT:
-            subprocess.run(["umount", "--lazy", disk], check=True)

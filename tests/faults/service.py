@@ -43,15 +43,10 @@ class Service:
             "WORKERS": str(WORKERS),
         }
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(self._command(), cwd=ROOT, env=environment, stdout=output, stderr=output)
+            self._process = subprocess.Popen(
+                [sys.executable, "cli.py", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
         self.wait_until_whole()
-
-    def _command(self):
-        from config import Settings
-
-        if "workers" in Settings.__dataclass_fields__:
-            return [sys.executable, "cli.py", "serve"]
-        return [sys.executable, "-m", "uvicorn", "main:app", "--workers", "2", "--port", str(self.port)]
 
     def wait_until_whole(self) -> None:
         """Wait until the service is ready and every worker that died has a successor."""
@@ -92,13 +87,29 @@ class Service:
 
     def kill(self) -> None:
         """SIGKILL to the supervisor and all its workers."""
-        assert self._process is not None
-        family = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        family = self._family()
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        self._wait_for(family)
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL to the supervisor alone: its workers must notice, or they would hold the port."""
+        assert self._process is not None
+        family = self._family()
+        self._process.kill()
+        self._wait_for(family)
+
+    def _family(self) -> list[psutil.Process]:
+        assert self._process is not None
+        supervisor = psutil.Process(self._process.pid)
+        return [supervisor, *supervisor.children(recursive=True)]
+
+    def _wait_for(self, family: list[psutil.Process]) -> None:
+        assert self._process is not None
         self._process.wait()
-        psutil.wait_procs(family)
+        _, left = psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
+        assert not left, "workers outlive their supervisor"
 
     def stop(self) -> int:
         """SIGTERM, and wait; the exit status."""

@@ -37,9 +37,9 @@ MAX_WORKER_BYTES = 512 * 1024 * 1024
 
 
 @pytest.fixture
-def database_url(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[URL]:
+def database_url(request: pytest.FixtureRequest) -> Iterator[URL]:
     server = request.config.getoption("--server") or DEFAULT_SERVER
-    with running_postgres(server, tmp_path) as postgres:
+    with running_postgres(server) as postgres:
         execute(postgres.url(), "CREATE DATABASE faults")
         migrations.upgrade(postgres.url("faults"))
         yield postgres.url("faults")

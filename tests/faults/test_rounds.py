@@ -63,7 +63,7 @@ def run_rounds(server: str, seed: str, numbers: Sequence[int], kinds: Sequence[K
     print(f"\nfaults on {server}, --seed {seed}, logs in {folder}")
     done: list[Round] = []
     try:
-        with running_postgres(server, folder) as postgres:
+        with running_postgres(server) as postgres:
             for log_number, group in groupby(numbers, lambda number: number // _ROUNDS_OF_A_LOG):
                 with log_of_its_own(postgres, log_number, folder) as (services, books):
                     for number in group:
