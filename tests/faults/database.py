@@ -18,7 +18,7 @@ from cluster import SUPERUSER, Cluster, ClusterError
 SERVERS = tuple(BINARIES)
 DEFAULT_SERVER = "debian15" if "debian15" in BINARIES else "embedded"
 CAN_MOUNT = os.geteuid() == 0
-_DISK_BYTES = 768 * 1024 * 1024
+_DISK_MIB = 768
 
 
 class Postgres:
@@ -92,13 +92,13 @@ class Postgres:
 
 
 @contextmanager
-def running_postgres(name: str) -> Iterator[Postgres]:
+def running_postgres(name: str, disk_mib: int = _DISK_MIB) -> Iterator[Postgres]:
     """A server on a disk of its own, a tmpfs, where we may mount one."""
     with tempfile.TemporaryDirectory(prefix="audit-faults-") as folder, ExitStack() as stack:
         disk = Path(folder)
         disk.chmod(0o711)  # the server may run as another user than we do
         if CAN_MOUNT:
-            options = f"size={_DISK_BYTES},mode=711"
+            options = f"size={disk_mib}m,mode=711"
             subprocess.run(["mount", "-t", "tmpfs", "-o", options, "audit-faults", disk], check=True)
             stack.callback(lambda: subprocess.run(["umount", "--lazy", disk], check=True))
         postgres = Postgres(name, disk)

@@ -119,7 +119,7 @@ def stop_backend(scene: Scene) -> None:
             link.cut_after_request()
 
         _spring(scene, scene.some_service(), Trap(stop, only_flushes=True))
-        scene.pause(0.1, 0.6)
+        scene.pause(*scene.random.choice([(0.1, 0.6), (0.1, 0.6), (2.5, 4)]))
         for backend in stopped:
             backend.resume()
         scene.load.wait_for_acknowledgements(20)
