@@ -67,6 +67,14 @@ _versions: dict[str, str] = {}
 _names = (f"audit_test_{os.getpid()}_{number}" for number in itertools.count())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    faults = parser.getgroup("faults", "tests/faults: what one run of the rounds does")
+    faults.addoption("--rounds", type=int, default=100)
+    faults.addoption("--first-round", type=int, default=0, help="with a seed: the round to begin with")
+    faults.addoption("--seed", help="what decides every choice; printed by each run")
+    faults.addoption("--server", choices=list(BINARIES), help="Debian's 15 where it is, unless told otherwise")
+
+
 def execute(url: URL, statement: str) -> Any:
     """Run one statement, outside a transaction; return the first column of its first row, if any."""
     engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
