@@ -14,7 +14,9 @@ from main import app
 LAYERS = [
     {"main", "cli"},
     {"routes"},
-    {"ingest", "queries", "auth", "telemetry", "housekeeping"},
+    {"housekeeping"},
+    {"ingest", "queries", "auth", "telemetry", "holds", "retention"},
+    {"records"},
     {"append", "partitions", "cloudevents"},
     {"models", "schemas"},
     {"ledger"},
