@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +40,15 @@ class Metrics:
             "audit_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
         )
         self.events = Counter("audit_events_recorded", "Events committed to the log", registry=self.registry)
+        self.partitions = Gauge("audit_partitions", "Monthly partitions, coming ones included", registry=self.registry)
+        self.partitions_dropped = Counter(
+            "audit_partitions_dropped", "Partitions that retention dropped", registry=self.registry
+        )
+        self.first_event = Gauge("audit_first_event_id", "The lowest id that is kept", registry=self.registry)
+        self.first_event_age = Gauge(
+            "audit_first_event_recorded_seconds", "When it was recorded, in Unix time", registry=self.registry
+        )
+        self.legal_holds = Gauge("audit_legal_holds", "Legal holds in force", registry=self.registry)
 
 
 class JsonFormatter(logging.Formatter):
