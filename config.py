@@ -43,6 +43,7 @@ class Settings:
     run_migrations: bool = False
     max_clock_skew: timedelta = timedelta(minutes=5)
     idempotency_window: timedelta = timedelta(days=30)
+    retention: timedelta | None = None  # None: keep for ever
     log_level: LogLevel = "INFO"
     log_writes: bool = False
 
@@ -69,6 +70,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         run_migrations=read.boolean("RUN_MIGRATIONS"),
         max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew),
         idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
+        retention=read.days("RETENTION_DAYS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
@@ -153,6 +155,14 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
         unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
         return timedelta(**{unit: int(parts[1])})
+
+    def days(self, name: str) -> timedelta | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        if not (re.fullmatch(r"\d{1,5}", value, re.ASCII) and int(value) > 0):
+            raise ConfigurationError(f"{name}: must be a whole number of days, 1 to 99999")
+        return timedelta(days=int(value))
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name) or default

@@ -15,7 +15,7 @@ from config import Settings, load_settings
 from db import open_database
 from housekeeping import keep_house
 from ingest import Writer
-from routes import events, operations
+from routes import events, holds, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 migrations.upgrade(database.url)
             app.state.database = database
             app.state.writer = Writer(database)
-            housekeeping = asyncio.create_task(keep_house(database, app.state.settings))
+            housekeeping = asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))
             try:
                 yield
             finally:
@@ -61,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install_handlers(app)
     app.include_router(events.router)
+    app.include_router(holds.router)
     app.include_router(operations.router)
     return app
 
