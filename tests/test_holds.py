@@ -1,5 +1,9 @@
 """Legal holds over HTTP: placed, listed, released, and each change in the log."""
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -9,6 +13,7 @@ from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent
 
 from auth import Key, require_admin
+from config import ROOT
 from problems import Forbidden
 
 HOLD = {"actor": "alice", "reason": "Case 2026-117"}
@@ -115,3 +120,23 @@ def test_holds_need_a_key_and_the_scope_admin(client: httpx.Client) -> None:
         assert response.status_code == 401
     with pytest.raises(Forbidden):
         require_admin(Key("reader", frozenset({"read", "write"})))
+
+
+def test_holds_from_the_command_line(database_url: URL) -> None:
+    environment = {**os.environ, "DATABASE_URL": database_url.render_as_string(hide_password=False)}
+
+    def holds(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+        command = [sys.executable, "cli.py", "holds", *arguments]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return result.returncode, [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+
+    status, (placed,), _ = holds("place", "--actor", "alice", "--reason", "Case 1", "--by", "carol")
+    assert (status, placed["actor"], placed["reason"], placed["created_by"]) == (0, "alice", "Case 1", "carol")
+    assert holds("list")[1] == [placed]
+    assert holds("release", "1", "--by", "dave")[1][0]["released_by"] == "dave"
+    assert (holds("list")[1], len(holds("list", "--all")[1])) == ([], 1)
+    assert holds("release", "2", "--by", "dave") == (1, [], "audit-service: There is no legal hold with the id 2.\n")
+    status, _, complaint = holds("place", "--reason", "Case 1", "--by", "carol")
+    assert (status, complaint.count("\n")) == (2, 1)
+    assert "at least one of tenant, actor and resource" in complaint
+    assert assert_ledger_consistent(database_url) == 2
