@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from db import Database
 
 # Any constants will do. They are two, for a flush that lacks its month must not wait for a seal.
-_CREATION_LOCK = 0x706172746974  # "partit"
+CREATION_LOCK = 0x706172746974  # "partit"
 UPKEEP_LOCK = 0x75706B656570  # "upkeep": one replica at a time seals and drops
 
 _SEAL = "audit_events_month_is_over"
@@ -75,7 +75,7 @@ class Partition:
 def create_coming_months(database: Database) -> list[str]:
     """Create the partitions up to three months ahead; return their names. Replicas take turns."""
     with database.transaction() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATION_LOCK})
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": CREATION_LOCK})
         months = connection.execute(_MISSING_MONTHS).all()
         return [_create_partition(connection, f"audit_events_{name}", start, end) for name, start, end in months]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from db import Database
-from partitions import UPKEEP_LOCK, create_coming_months, seal_finished_months
+from partitions import CREATION_LOCK, UPKEEP_LOCK, create_coming_months, seal_finished_months
 from problems import DatabaseUnavailable
 
 MONTHS = """
@@ -90,6 +91,18 @@ def test_a_month_that_is_needed_now_does_not_wait_for_a_seal(database_url: URL, 
     months = drop_last_months(database_url, 1)
     with database.exclusive_session(UPKEEP_LOCK):
         assert create_coming_months(database) == months[-1:]
+
+
+def test_a_month_that_another_replica_is_making_is_there_afterwards(database_url: URL, database: Database) -> None:
+    """A flush comes back from here and tries again, so to say that somebody is at it would not do."""
+    months = drop_last_months(database_url, 1)
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
+    with ThreadPoolExecutor(1) as pool, database.transaction() as other:
+        other.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": CREATION_LOCK})
+        creating = pool.submit(create_coming_months, database)
+        eventually(lambda: creating.done() or execute(database_url, waiting) is not None)
+        other.rollback()
+        assert creating.result() == months[-1:]
 
 
 def test_creating_a_month_waits_for_no_reader_and_no_writer(database_url: URL) -> None:
@@ -196,7 +209,9 @@ def test_sealing_resumes_wherever_it_was_interrupted(database_url: URL, database
 def test_sealing_gives_way_to_a_reader_and_is_done_later(database_url: URL, database: Database) -> None:
     fill_two_months(database)
     with reader(database_url), pytest.raises(DatabaseUnavailable):
+        started = time.monotonic()
         list(seal_finished_months(database))
+    assert time.monotonic() - started < 3  # others queue behind it while it waits: 0.1 s, not the session's 5 s
     assert len(list(seal_finished_months(database))) == 3
 
 

@@ -306,6 +306,13 @@ def test_a_drop_waits_for_a_reader_without_making_others_wait(database: Database
     assert list(apply_retention(database, YEAR, now)) == [first, second]
 
 
+def test_what_an_operator_detached_is_left_alone(database: Database, database_url: URL) -> None:
+    fill_log(database)
+    execute(database_url, f"ALTER TABLE audit_events DETACH PARTITION {ADOPTED}")
+    assert ADOPTED not in drop_expired(database)
+    assert execute(database_url, f"SELECT count(*) FROM {ADOPTED}") == 0
+
+
 def test_one_replica_drops_at_a_time(database: Database, database_url: URL) -> None:
     fill_log(database)
     with database.exclusive_session(UPKEEP_LOCK):
