@@ -25,8 +25,8 @@ _IS_BEHIND_THE_NEWEST = """
 _HOLDS_IN_FORCE = text("SELECT coalesce(array_agg(id), '{}') FROM legal_holds WHERE released_at IS NULL")
 _HOLD_SINCE = text("SELECT min(id) FROM legal_holds WHERE released_at IS NULL AND id <> ALL(:known)")
 _HOLD_KNOWN_TO_KEEP = text("SELECT min(id) FROM legal_holds WHERE released_at IS NULL AND keeps = :partition")
-# The oldest hold that keeps the partition. Index: (actor, timestamp, id), one look a hold; holds without an
-# actor cost one scan of the partition together, and its outcome is remembered in `keeps` or by the drop.
+# The oldest hold that keeps the partition. Index: (actor, timestamp, id), one look a hold; those by tenant cost one
+# scan of the partition together, those by resource another, and the outcome is remembered in `keeps` or by the drop.
 _OLDEST_HOLD_ON = """
     SELECT min(id) FROM (
         SELECT hold.id FROM legal_holds AS hold CROSS JOIN LATERAL (
@@ -35,16 +35,12 @@ _OLDEST_HOLD_ON = """
               AND (hold.resource IS NULL OR event.resource = hold.resource) LIMIT 1
         ) AS found WHERE released_at IS NULL AND hold.actor IS NOT NULL
         UNION ALL
-        SELECT id FROM legal_holds AS hold
-        WHERE released_at IS NULL AND actor IS NULL AND tenant IS NOT NULL AND EXISTS (
-            SELECT FROM {partition} AS event
-            WHERE event.tenant = hold.tenant AND (hold.resource IS NULL OR event.resource = hold.resource)
-        )
+        SELECT hold.id FROM legal_holds AS hold JOIN {partition} AS event
+            ON event.tenant = hold.tenant AND (hold.resource IS NULL OR event.resource = hold.resource)
+        WHERE released_at IS NULL AND hold.actor IS NULL
         UNION ALL
-        SELECT id FROM legal_holds AS hold
-        WHERE released_at IS NULL AND actor IS NULL AND tenant IS NULL AND EXISTS (
-            SELECT FROM {partition} AS event WHERE event.resource = hold.resource
-        )
+        SELECT hold.id FROM legal_holds AS hold JOIN {partition} AS event ON event.resource = hold.resource
+        WHERE released_at IS NULL AND hold.actor IS NULL AND hold.tenant IS NULL
     ) AS keeping
 """
 _KEEP = text("UPDATE legal_holds SET keeps = :partition WHERE id = :hold AND released_at IS NULL")  # legal_holds_pkey
@@ -80,6 +76,8 @@ def _is_kept(database: Database, connection: Connection, partition: Partition) -
     """Whether a hold in force keeps the partition. The first time it is found to, that is recorded."""
     if connection.scalar(_HOLD_KNOWN_TO_KEEP, {"partition": partition.name}) is not None:
         return True
+    # Without it PostgreSQL takes the holds for a handful, and scans the partition for each.
+    connection.exec_driver_sql("ANALYZE legal_holds")
     hold = connection.scalar(text(_OLDEST_HOLD_ON.format(partition=partition.name)))
     if hold is None:
         return False
