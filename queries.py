@@ -12,21 +12,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Row, cast, func, or_, select, tuple_
+from sqlalchemy.dialects.postgresql import INET
 
 from db import Database
 from models import audit_events
 from problems import EventNotFound, InvalidCursor
-from schemas import EventFilter
+from schemas import EventFilter, EventListing
 
 _CURSOR_VERSION = 1
 
 _columns = audit_events.c
+_KEY = (_columns.timestamp, _columns.id)
+_EXACT_FIELDS = ("tenant", "resource", "outcome", "source", "trace_id")
+_PATTERN_FIELDS = ("actor", "event_type")
 
 
 @dataclass(frozen=True)
 class Page:
-    """Rows of audit_events, newest first, and the cursor of the next page, if there is one."""
+    """Rows of audit_events in the order asked for, and the cursor of the next page, if there is one."""
 
     events: Sequence[Row[Any]]
     next_cursor: str | None
@@ -46,40 +50,54 @@ def find_event(database: Database, event_id: int) -> Row[Any]:
         return get_event(connection, event_id)
 
 
-def list_events(connection: Connection, wanted: EventFilter) -> Page:
-    """A page of events, newest first.
+def list_events(connection: Connection, wanted: EventListing) -> Page:
+    """A page of events, newest first unless oldest first is asked for.
 
     Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id, audit_events_timestamp_id.
     """
-    newest_first = (_columns.timestamp.desc(), _columns.id.desc())
-    statement = select(audit_events).where(*_conditions(wanted)).order_by(*newest_first).limit(wanted.limit + 1)
-    rows = connection.execute(statement).all()
+    order = [column.desc() if wanted.order == "desc" else column.asc() for column in _KEY]
+    narrowed = [*conditions(wanted), *_after_cursor(wanted)]
+    rows = connection.execute(select(audit_events).where(*narrowed).order_by(*order).limit(wanted.limit + 1)).all()
     events = rows[: wanted.limit]
     more = len(rows) > len(events)
     return Page(events, _encode_cursor(wanted, events[-1]) if more else None)
 
 
-def _conditions(wanted: EventFilter) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if wanted.actor is not None:
-        conditions.append(_columns.actor == wanted.actor)
-    if wanted.event_type is not None:
-        conditions.append(_columns.event_type == wanted.event_type)
+def conditions(wanted: EventFilter) -> list[ColumnElement[bool]]:
+    """What an event has to meet, for every read that takes filters; all of them hold together."""
+    found = [_columns[name] == getattr(wanted, name) for name in _EXACT_FIELDS if getattr(wanted, name) is not None]
+    found += [_matches(_columns[name], getattr(wanted, name)) for name in _PATTERN_FIELDS if getattr(wanted, name)]
     if wanted.start is not None:
-        conditions.append(_columns.timestamp >= wanted.start)
+        found.append(_columns.timestamp >= wanted.start)
     if wanted.end is not None:
-        conditions.append(_columns.timestamp < wanted.end)
-    if wanted.cursor is not None:
-        conditions.append(tuple_(_columns.timestamp, _columns.id) < _decode_cursor(wanted))
-    return conditions
+        found.append(_columns.timestamp < wanted.end)
+    if wanted.source_ip is not None:
+        found.append(_columns.source_ip.op("<<=", is_comparison=True)(cast(wanted.source_ip, INET)))
+    if wanted.metadata is not None:
+        found.append(_columns.metadata.contains(wanted.metadata))
+    return found
 
 
-def _encode_cursor(wanted: EventFilter, last: Row[Any]) -> str:
+def _matches(column: ColumnElement[str], patterns: Sequence[str]) -> ColumnElement[bool]:
+    """starts_with() takes its argument literally, where LIKE would need escapes."""
+    exact = [pattern for pattern in patterns if not pattern.endswith("*")]
+    prefixes = [pattern[:-1] for pattern in patterns if pattern.endswith("*")]
+    return or_(*([column.in_(exact)] if exact else []), *(func.starts_with(column, prefix) for prefix in prefixes))
+
+
+def _after_cursor(wanted: EventListing) -> list[ColumnElement[bool]]:
+    if wanted.cursor is None:
+        return []
+    position = _decode_cursor(wanted)
+    return [tuple_(*_KEY) < position if wanted.order == "desc" else tuple_(*_KEY) > position]
+
+
+def _encode_cursor(wanted: EventListing, last: Row[Any]) -> str:
     content = [_CURSOR_VERSION, _fingerprint(wanted), last.timestamp.isoformat(), last.id]
     return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
 
 
-def _decode_cursor(wanted: EventFilter) -> tuple[datetime, int]:
+def _decode_cursor(wanted: EventListing) -> tuple[datetime, int]:
     """The (timestamp, id) after which the page begins; raises InvalidCursor."""
     cursor = wanted.cursor or ""
     try:
@@ -96,7 +114,7 @@ def _decode_cursor(wanted: EventFilter) -> tuple[datetime, int]:
     return position
 
 
-def _fingerprint(wanted: EventFilter) -> str:
-    """The same for the same filters, whatever the page and its size."""
+def _fingerprint(wanted: EventListing) -> str:
+    """The same for the same filters and order, whatever the page and its size."""
     filters = wanted.model_dump_json(exclude={"cursor", "limit"})
     return hashlib.sha256(filters.encode()).hexdigest()[:16]

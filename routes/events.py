@@ -1,8 +1,9 @@
 """/events: append one or many, list them, get one."""
 
+from collections import Counter
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 import cloudevents
 import queries
@@ -24,14 +25,32 @@ from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     BatchReceipt,
     Event,
-    EventFilter,
     EventIn,
+    EventListing,
     EventPage,
 )
 
 MAX_ID = 2**63 - 1
 
-router = APIRouter(prefix="/events", tags=["events"], responses=responses(Unauthorized, InvalidFields, Unavailable))
+REPEATABLE = frozenset({"actor", "event_type"})
+
+
+def refuse_repetition(request: Request) -> None:
+    """Of a parameter that takes one value, a second would be lost without a word."""
+    given = Counter(name for name, _ in request.query_params.multi_items())
+    repeated = sorted(name for name, count in given.items() if count > 1 and name not in REPEATABLE)
+    if repeated:
+        raise InvalidFields(
+            errors=[{"location": f"query.{name}", "message": "given more than once"} for name in repeated]
+        )
+
+
+router = APIRouter(
+    prefix="/events",
+    tags=["events"],
+    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    dependencies=[Depends(refuse_repetition)],
+)
 
 _EVENT_SCHEMA = EventIn.model_json_schema()
 _CLOUDEVENT_SCHEMA: dict[str, Any] = {"type": "object", "description": "A CloudEvent 1.0 with the extension actor"}
@@ -77,7 +96,7 @@ def create_events(caller: Caller) -> None:
 
 
 @router.get("", response_model=EventPage, responses=responses(BadRequest))
-def list_events(request: Request, response: Response, caller: Caller, wanted: Annotated[EventFilter, Query()]) -> Any:
+def list_events(request: Request, response: Response, caller: Caller, wanted: Annotated[EventListing, Query()]) -> Any:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
     database: Database = request.app.state.database
     with database.transaction() as connection:
