@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     AfterValidator,
@@ -114,6 +115,15 @@ def _without_repetition(values: list[str]) -> list[str]:
     return sorted(set(values))
 
 
+def _check_time_zone(name: str) -> str:
+    """One of the IANA database: PostgreSQL would take UTC+3 too, and mean three hours west."""
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("must be the IANA name of a time zone, like Europe/Berlin") from None
+    return name
+
+
 def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     _check_json(metadata, MAX_METADATA_DEPTH)
     return metadata
@@ -149,6 +159,8 @@ Pattern = Annotated[
     str, StringConstraints(min_length=1, max_length=256), AfterValidator(_refuse_nul), AfterValidator(_check_pattern)
 ]
 Patterns = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS), AfterValidator(_without_repetition)]
+Interval = Literal["minute", "hour", "day", "week", "month"]
+TimeZone = Annotated[str, StringConstraints(max_length=64), AfterValidator(_check_time_zone)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_parse_timestamp)]
 TimestampOut = Annotated[datetime, PlainSerializer(format_timestamp, when_used="json")]
 
@@ -243,6 +255,58 @@ class EventListing(EventFilter):
     cursor: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
         None, description="`next_cursor` of the page before, with the same filters and order"
     )
+
+
+class HistogramQuery(EventFilter):
+    """Which events, and how long each bucket is."""
+
+    interval: Interval = Field(description="How long each bucket is")
+    time_zone: TimeZone = Field("UTC", description="IANA name of the zone in which days begin: `Europe/Berlin`")
+
+
+class TopQuery(EventFilter):
+    """Which events, and which of their fields to count."""
+
+    field: Literal["actor", "event_type", "resource", "outcome", "source", "tenant"]
+    n: int = Field(10, ge=1, le=100, description="How many values at the most")
+
+
+class Count(BaseModel):
+    """How many events there are."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"count": 1234, "capped": False}]})
+
+    count: int
+    capped: bool = Field(description="Whether there are more: counting stops at COUNT_LIMIT")
+
+
+class Bucket(BaseModel):
+    """From its start to the next one's."""
+
+    start: TimestampOut
+    count: int
+
+
+class Histogram(BaseModel):
+    """Every bucket of the range, empty ones too, in order."""
+
+    interval: Interval
+    time_zone: str
+    buckets: list[Bucket]
+
+
+class ValueCount(BaseModel):
+    """A value and how many events have it."""
+
+    value: str
+    count: int
+
+
+class Top(BaseModel):
+    """The most frequent values, the most frequent first."""
+
+    field: str
+    values: list[ValueCount]
 
 
 class BatchReceipt(BaseModel):
