@@ -11,8 +11,22 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Literal
 
-from sqlalchemy import ARRAY, ColumnElement, FromClause, Row, Select, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    FromClause,
+    Row,
+    Select,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    select,
+    tuple_,
+)
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import array
 
 from cursors import Position, decode_cursor, encode_cursor
 from lines import EVENT_JSON
@@ -104,31 +118,31 @@ def _walk_sql(shape: _Shape) -> str:
     """The page from an index in its order.
 
     Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id, else audit_events_timestamp_id.
-    Each value of the walked field has a walk of its own, and they are merged: `= ANY` would lose the order.
+    Each value of the walked field has a walk of its own, and they are merged: one `= ANY` of all would lose the order.
     """
     wanted, is_bounded = shape.example, "most" in shape.parameters
     after = _AFTER if "after_id" in shape.parameters else None
     name = _walked_field(wanted)
     if name is None:
-        events = _page(wanted, _walk_one(wanted, after, [], is_bounded).subquery("event"))
-    else:
-        given = func.unnest(cast(bindparam(name), ARRAY(Text))).table_valued("value").render_derived("given")
-        others = wanted.model_copy(update={name: []})
-        walk = _walk_one(others, after, [_columns[name] == given.c.value], is_bounded)
-        events = _page(wanted, walk.lateral("event"), given)
-    return str(events.compile(dialect=_DIALECT))
+        events: FromClause = _walk_one(wanted, after, select(audit_events), (), is_bounded).subquery("event")
+        return str(_page(wanted, events).compile(dialect=_DIALECT))
+    given = func.unnest(cast(bindparam(name), ARRAY(Text))).table_valued("value").render_derived("given")
+    # `= ANY` of one, and sorted by it: a plain `=` would let PostgreSQL read audit_events_timestamp_id and filter,
+    # which looks at everything where the value is rarer than it thinks.
+    walked = select(audit_events).where(_columns[name] == any_(array([given.c.value]))).correlate(given)
+    events = _walk_one(wanted.model_copy(update={name: []}), after, walked, (name,), is_bounded).lateral("event")
+    return str(_page(wanted, events, given).compile(dialect=_DIALECT))
 
 
 def _walk_one(
-    wanted: EventListing, after: Position | None, walked: list[ColumnElement[bool]], is_bounded: bool
+    wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
 ) -> Select[Any]:
-    """The first events that meet all conditions; bounded, among the first `most` that meet the walked ones."""
-    walked = [*walked, *_beyond(wanted, after), *time_conditions(wanted)]
+    """The first events that meet all conditions; bounded, among the first `most` of the walked ones."""
+    walked = walked.where(*_beyond(wanted, after), *time_conditions(wanted))
     if not is_bounded:
-        return _in_order(wanted, select(audit_events).where(*walked, *conditions(wanted)), _columns)
-    in_order = _in_order(wanted, select(audit_events).where(*walked), _columns)
-    looked_at = in_order.limit(bindparam("most")).subquery("looked_at")
-    return _in_order(wanted, select(looked_at).where(*conditions(wanted, looked_at.c)), looked_at.c)
+        return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
+    looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")
+    return _in_order(wanted, select(looked_at).where(*conditions(wanted, looked_at.c)), looked_at.c, sorted_by)
 
 
 def _page(wanted: EventListing, events: FromClause, *others: Any) -> Select[Any]:
@@ -137,11 +151,17 @@ def _page(wanted: EventListing, events: FromClause, *others: Any) -> Select[Any]
     return _in_order(wanted, select(*columns).select_from(*others, events), events.c)
 
 
-def _in_order(wanted: EventListing, statement: Select[Any], columns: Any) -> Select[Any]:
-    """Sorted as asked for, with one event more than the page holds, which tells whether there is a next one."""
-    key = columns.timestamp, columns.id
-    order = [column.desc() if wanted.order == "desc" else column.asc() for column in key]
-    return statement.order_by(*order).limit(bindparam("limit", wanted.limit + 1))
+def _in_order(
+    wanted: EventListing, statement: Select[Any], columns: Any, sorted_by: tuple[str, ...] = ()
+) -> Select[Any]:
+    """Sorted as asked for, with one event more than the page holds, which tells whether there is a next one.
+
+    Before that by the columns that an index begins with. They ascend where timestamp and id descend.
+    """
+    is_newest_first = wanted.order == "desc"
+    leading = [columns[name].asc() if is_newest_first else columns[name].desc() for name in sorted_by]
+    key = [column.desc() if is_newest_first else column.asc() for column in (columns.timestamp, columns.id)]
+    return statement.order_by(*leading, *key).limit(bindparam("limit", wanted.limit + 1))
 
 
 def _beyond(wanted: EventListing, after: Position | None) -> list[ColumnElement[bool]]:
