@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test bench-ingest lint clean
+.PHONY: run test bench-ingest bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -13,6 +13,9 @@ test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that 
 
 bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench and COPY; options in ARGS="--only single-64"
 	$(BIN)/python -m bench.ingest $(ARGS)
+
+bench-query: $(VENV)/dev.installed ## how fast questions are answered, beside prepared SQL; options in ARGS="--rows 1000000"
+	$(BIN)/python -m bench.query $(ARGS)
 
 lint: $(VENV)/dev.installed ## style and types
 	$(BIN)/ruff check .

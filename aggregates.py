@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import Row, Select, bindparam, func, literal, select, true, union
 from sqlalchemy.dialects.postgresql import INTERVAL
 
+from listing import find_edge
 from models import audit_events
-from pages import find_edge
 from problems import InvalidFields
 from queries import conditions
 from reader import Reader
@@ -46,18 +46,21 @@ def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
     if first is None or last is None:
         return []
     shortest, _ = _LENGTHS[wanted.interval]
-    buckets = reader.search(_histogram(wanted, first, last)) if (last - first) / shortest < MAX_BUCKETS * 2 else None
+    buckets = (
+        reader.search(histogram_statement(wanted, first, last)) if (last - first) / shortest < MAX_BUCKETS * 2 else None
+    )
     if buckets is None or len(buckets) > MAX_BUCKETS:
         message = f"makes more than {MAX_BUCKETS} buckets of this range: choose a longer one, or narrow start and end"
         raise InvalidFields(errors=[{"location": "query.interval", "message": message}])
     return buckets
 
 
-def _histogram(wanted: HistogramQuery, first: datetime, last: datetime) -> Select[Any]:
-    """Indexes: those of the filters, and of the time range.
+def histogram_statement(wanted: HistogramQuery, first: datetime, last: datetime) -> Select[Any]:
+    """Every bucket from the first moment's to the last's, with its count.
 
     PostgreSQL's own rules of the time zone make the buckets, those of the events and the empty ones alike:
     so a day on which clocks change has 23 or 25 hours, and one that a zone skipped has no bucket.
+    Indexes: those of the filters, and of the time range.
     """
     _, step = _LENGTHS[wanted.interval]
 

@@ -28,7 +28,7 @@ MAX_PREPARED = 50  # statements a connection; 26 partitions make a plan of about
 _POOL_SIZE = 8
 # jit: compiling a plan over many partitions takes longer than running it.
 _READ_OPTIONS = "-c default_transaction_read_only=on -c jit=off"
-_WALK_OPTIONS = "-c plan_cache_mode=force_generic_plan" + "".join(
+WALK_OPTIONS = "-c plan_cache_mode=force_generic_plan" + "".join(
     f" -c enable_{node}=off" for node in ("seqscan", "bitmapscan", "sort", "incremental_sort")
 )
 _QUERY_CANCELED, _INVALID_PARAMETER_VALUE = "57014", "22023"
@@ -42,7 +42,7 @@ class Reader:
     def __init__(self, database: Database, url: URL, query_timeout: timedelta) -> None:
         self._database = database
         self._searches = _create_engine(url, query_timeout)
-        self._walks = _create_engine(url, query_timeout, _WALK_OPTIONS)
+        self._walks = _create_engine(url, query_timeout, WALK_OPTIONS)
         event.listen(self._walks, "before_cursor_execute", _execute_prepared, retval=True)
 
     def walk(self, sql: str, values: Mapping[str, Any], has_range: bool) -> Sequence[Row[Any]]:

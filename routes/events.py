@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 import aggregates
 import cloudevents
-import pages
+import listing
 import queries
 from auth import Caller
 from problems import (
@@ -106,7 +106,7 @@ def create_events(caller: Caller) -> None:
 @router.get("", response_model=EventPage, responses=responses(BadRequest))
 def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
-    page = pages.list_events(request.app.state.reader, wanted)
+    page = listing.list_events(request.app.state.reader, wanted)
     body = f'{{"events":[{",".join(page.events)}],"next_cursor":{json.dumps(page.next_cursor)}}}'
     if page.next_cursor is None:
         return _json(body)

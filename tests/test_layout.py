@@ -17,7 +17,7 @@ LAYERS = [
     {"main"},
     {"routes"},
     {"aggregates"},
-    {"pages"},
+    {"listing"},
     {"ingest", "queries", "auth", "telemetry", "housekeeping"},
     {"append", "partitions", "cloudevents", "cursors", "lines"},
     {"models", "schemas"},

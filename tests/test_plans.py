@@ -14,7 +14,7 @@ from conftest import TEMPLATE, Server, execute
 from sqlalchemy import Engine, event
 
 import aggregates
-import pages
+import listing
 import queries
 from db import Database
 from reader import Reader
@@ -166,12 +166,12 @@ def test_a_page_is_walked(
 ) -> None:
     reader, plans = explained
     wanted = EventListing.model_validate({"limit": 50, "order": order, **filters})
-    page = pages.list_events(reader, wanted)
+    page = listing.list_events(reader, wanted)
     first = plans.since()
     assert first.indexes == {index}
     assert first.rows <= rows + PREFETCH
     if page.next_cursor:
-        pages.list_events(reader, wanted.model_copy(update={"cursor": page.next_cursor}))
+        listing.list_events(reader, wanted.model_copy(update={"cursor": page.next_cursor}))
         second = plans.since()
         assert second.indexes == {index}
         assert second.rows <= rows + PREFETCH
@@ -192,11 +192,11 @@ def test_what_a_walk_does_not_find_soon_is_searched_for(
     explained: tuple[Reader, Plans], filters: dict[str, Any], indexes: set[str], rows: int
 ) -> None:
     reader, plans = explained
-    pages.list_events(reader, EventListing.model_validate({"limit": 50, **filters}))
+    listing.list_events(reader, EventListing.model_validate({"limit": 50, **filters}))
     ran = plans.since()
     assert "none" not in ran.indexes
     assert indexes & ran.indexes
-    searched = ran.rows - pages.WALKED_EVENTS - PREFETCH
+    searched = ran.rows - listing.WALKED_EVENTS - PREFETCH
     # Each stretch looks for its first event; a bitmap is counted in the index and in the table.
     assert searched <= 4 * rows + 6 * PREFETCH
 
@@ -205,7 +205,7 @@ def test_what_a_walk_does_not_find_soon_is_searched_for(
 def test_a_time_range_leaves_sealed_partitions_out(explained: tuple[Reader, Plans], filters: dict[str, Any]) -> None:
     reader, plans = explained
     found = {"start": days_ago(20).isoformat(), "end": days_ago(15).isoformat(), **filters}
-    assert pages.list_events(reader, EventListing.model_validate({"limit": 5, **found})).events
+    assert listing.list_events(reader, EventListing.model_validate({"limit": 5, **found})).events
     assert plans.since().partitions == 1
     aggregates.count_events(reader, EventFilter.model_validate(found), 1000)
     assert plans.since().partitions == 1

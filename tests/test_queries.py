@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pages
+import listing
 
 Event = dict[str, Any]
 Filters = dict[str, Any]
@@ -120,8 +120,8 @@ def list_all(client: httpx.Client, query: dict[str, Any]) -> list[Event]:
 def short_walks() -> Iterator[None]:
     """Walks give up at once and three events are many: so that a few events go every way there is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "WALKED_EVENTS", 2)
-        patch.setattr(pages, "DENSE_EVENTS", 3)
+        patch.setattr(listing, "WALKED_EVENTS", 2)
+        patch.setattr(listing, "DENSE_EVENTS", 3)
         yield
 
 

@@ -72,9 +72,9 @@ def find_edge(reader: Reader, wanted: EventFilter, order: Literal["asc", "desc"]
 
 def _read(reader: Reader, wanted: EventListing, after: Position | None) -> Sequence[Row[Any]]:
     """The events of the page, and one more where there is one."""
-    can_search = _can_search(wanted)
-    rows = _walk(reader, wanted, after, is_bounded=can_search)
-    return _search(reader, wanted, after) if can_search and len(rows) <= wanted.limit else rows
+    is_bounded = can_search(wanted)
+    rows = _walk(reader, wanted, after, is_bounded)
+    return _search(reader, wanted, after) if is_bounded and len(rows) <= wanted.limit else rows
 
 
 def _walked_field(wanted: EventListing) -> str | None:
@@ -86,7 +86,7 @@ def _walked_field(wanted: EventListing) -> str | None:
     return None
 
 
-def _can_search(wanted: EventListing) -> bool:
+def can_search(wanted: EventListing) -> bool:
     """Whether an index other than the walked one selects by these filters."""
     walked = _walked_field(wanted)
     return wanted.metadata is not None or any(getattr(wanted, name) for name in PATTERN_FIELDS if name != walked)
@@ -94,14 +94,19 @@ def _can_search(wanted: EventListing) -> bool:
 
 def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
     """The page from an index in its order; bounded, it looks at no more than WALKED_EVENTS."""
+    sql, values = walk_statement(wanted, after, is_bounded)
+    return reader.walk(sql, values, has_range=wanted.start is not None or wanted.end is not None)
+
+
+def walk_statement(wanted: EventListing, after: Position | None, is_bounded: bool) -> tuple[str, dict[str, Any]]:
+    """The SQL of a walk, and its parameters by name."""
     values = values_of(wanted) | {"limit": wanted.limit + 1}
     if after is not None:
         values |= {"after_timestamp": after[0], "after_id": after[1]}
     if is_bounded:
         walks = len(getattr(wanted, _walked_field(wanted) or "", "."))
         values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1)}
-    has_range = wanted.start is not None or wanted.end is not None
-    return reader.walk(_walk_sql(_Shape(wanted.order, tuple(values), wanted)), values, has_range)
+    return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
 
 
 @dataclass(frozen=True)
