@@ -25,15 +25,15 @@ from sqlalchemy import (
     select,
     tuple_,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import array
 
 from cursors import Position, decode_cursor, encode_cursor
 from lines import EVENT_JSON
 from models import audit_events
 from queries import PATTERN_FIELDS, conditions, is_prefix, time_conditions, values_of
-from reader import Reader
+from reader import DIALECT, Reader
 from schemas import EventFilter, EventListing
+from seals import Seal, recorded_condition, recorded_values
 
 WALKED_EVENTS = 5_000  # takes 4 ms
 DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less
@@ -42,7 +42,6 @@ _SHORTEST_STRETCH = timedelta(minutes=1)
 _AFTER: Position = (datetime.max, 0)  # any: a statement's text has parameters, not values
 _EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
-_DIALECT = postgresql.psycopg2.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
 _columns = audit_events.c
 
 
@@ -94,13 +93,16 @@ def can_search(wanted: EventListing) -> bool:
 
 def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
     """The page from an index in its order; bounded, it looks at no more than WALKED_EVENTS."""
-    sql, values = walk_statement(wanted, after, is_bounded)
-    return reader.walk(sql, values, has_range=wanted.start is not None or wanted.end is not None)
+    return reader.walk(*walk_statement(wanted, after, is_bounded, reader.seals()))
 
 
-def walk_statement(wanted: EventListing, after: Position | None, is_bounded: bool) -> tuple[str, dict[str, Any]]:
+def walk_statement(
+    wanted: EventListing, after: Position | None, is_bounded: bool, seals: Sequence[Seal]
+) -> tuple[str, dict[str, Any]]:
     """The SQL of a walk, and its parameters by name."""
     values = values_of(wanted) | {"limit": wanted.limit + 1}
+    if wanted.start is not None or wanted.end is not None:
+        values |= recorded_values(seals, lambda seal: seal.meets(wanted.start, wanted.end))
     if after is not None:
         values |= {"after_timestamp": after[0], "after_id": after[1]}
     if is_bounded:
@@ -130,20 +132,23 @@ def _walk_sql(shape: _Shape) -> str:
     name = _walked_field(wanted)
     if name is None:
         events: FromClause = _walk_one(wanted, after, select(audit_events), (), is_bounded).subquery("event")
-        return str(_page(wanted, events).compile(dialect=_DIALECT))
+        return str(_page(wanted, events).compile(dialect=DIALECT))
     given = func.unnest(cast(bindparam(name), ARRAY(Text))).table_valued("value").render_derived("given")
     # `= ANY` of one, and sorted by it: a plain `=` would let PostgreSQL read audit_events_timestamp_id and filter,
     # which looks at everything where the value is rarer than it thinks.
     walked = select(audit_events).where(_columns[name] == any_(array([given.c.value]))).correlate(given)
     events = _walk_one(wanted.model_copy(update={name: []}), after, walked, (name,), is_bounded).lateral("event")
-    return str(_page(wanted, events, given).compile(dialect=_DIALECT))
+    return str(_page(wanted, events, given).compile(dialect=DIALECT))
 
 
 def _walk_one(
     wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
 ) -> Select[Any]:
     """The first events that meet all conditions; bounded, among the first `most` of the walked ones."""
-    walked = walked.where(*_beyond(wanted, after), *time_conditions(wanted))
+    in_range = time_conditions(wanted)
+    if in_range:
+        in_range.append(recorded_condition(_columns.recorded_at))
+    walked = walked.where(*_beyond(wanted, after), *in_range)
     if not is_bounded:
         return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
     looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")

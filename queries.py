@@ -11,8 +11,9 @@ from db import Database
 from lines import EVENT_JSON
 from models import audit_events
 from problems import EventNotFound
-from reader import Reader
+from reader import DIALECT, Reader
 from schemas import EventFilter
+from seals import recorded_condition, recorded_values
 
 PATTERN_FIELDS = ("actor", "event_type")
 _EXACT_FIELDS = ("tenant", "resource", "outcome", "source", "trace_id")
@@ -86,9 +87,15 @@ def find_event(database: Database, event_id: int) -> Row[Any]:
         return get_event(connection, event_id)
 
 
+# Index: audit_events_pkey, of the one sealed partition that may have the id, and of those that are not sealed.
+_EVENT = select(EVENT_JSON).where(_columns.id == bindparam("id"), recorded_condition(_columns.recorded_at))
+_EVENT_SQL = str(_EVENT.select_from(audit_events).compile(dialect=DIALECT))
+
+
 def read_event(reader: Reader, event_id: int) -> str:
-    """The event with this id, as JSON; raises EventNotFound. Index: audit_events_pkey, of the one sealed partition."""
-    rows = reader.search(select(EVENT_JSON).select_from(audit_events).where(_columns.id == event_id))
+    """The event with this id, as JSON; raises EventNotFound."""
+    values = recorded_values(reader.seals(), lambda seal: seal.first_id <= event_id <= seal.last_id)
+    rows = reader.walk(_EVENT_SQL, {"id": event_id, **values})
     if not rows:
         raise EventNotFound(f"There is no event with the id {event_id}.")
     return str(rows[0][0])

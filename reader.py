@@ -3,12 +3,14 @@
 There are two kinds, each with a pool of its own, so that slow searches leave the pages alone.
 
 A walk reads an index in its order and stops when it has enough. It is prepared, once a connection, and planned
-without its values and without sorts and bitmaps: which plan it has never depends on statistics.
+without its values and without sorts and bitmaps: which plan it has never depends on statistics (seals.py tells how
+it leaves partitions out all the same).
 A search is planned for its values, so that PostgreSQL weighs its indexes and leaves sealed partitions out.
 """
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +18,17 @@ from typing import Any
 
 import psycopg2
 from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, create_engine, event
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from db import CONNECT_ARGS, Database, problem_of
 from problems import DatabaseUnavailable, InternalError, InvalidFields, Problem, QueryTimeout
+from seals import SEALS, Seal, sealed_months
 
+DIALECT = postgresql.psycopg2.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
+SEALS_MAX_AGE_S = 60.0
 MAX_PREPARED = 50  # statements a connection; 26 partitions make a plan of about 200 kB
 
 _POOL_SIZE = 8
@@ -41,21 +47,27 @@ class Reader:
 
     def __init__(self, database: Database, url: URL, query_timeout: timedelta) -> None:
         self._database = database
+        self._seals: Sequence[Seal] = []
+        self._seals_expire_at = 0.0
         self._searches = _create_engine(url, query_timeout)
         self._walks = _create_engine(url, query_timeout, WALK_OPTIONS)
         event.listen(self._walks, "before_cursor_execute", _execute_prepared, retval=True)
 
-    def walk(self, sql: str, values: Mapping[str, Any], has_range: bool) -> Sequence[Row[Any]]:
-        """Rows by an ordered index; raises DatabaseUnavailable, SchemaNotReady or QueryTimeout.
-
-        With a range it is planned each time, and sealed partitions outside the range are left out.
-        """
-        options = {"prepared": not has_range}
-        return self._ask(self._walks, lambda walks: walks.exec_driver_sql(sql, values, options))
+    def walk(self, sql: str, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """Rows by an ordered index; raises DatabaseUnavailable, SchemaNotReady or QueryTimeout."""
+        return self._ask(self._walks, lambda walks: walks.exec_driver_sql(sql, values))
 
     def search(self, statement: Executable) -> Sequence[Row[Any]]:
         """Rows by whatever plan suits the values; raises what walk() raises."""
         return self._ask(self._searches, lambda searches: searches.execute(statement))
+
+    def seals(self) -> Sequence[Seal]:
+        """The seals of finished months, as they were in the last minute; raises what walk() raises."""
+        now = time.monotonic()
+        if now >= self._seals_expire_at:
+            self._seals = sealed_months(self.search(SEALS))
+            self._seals_expire_at = now + SEALS_MAX_AGE_S
+        return self._seals
 
     def _ask(self, engine: Engine, execute: Callable[[Connection], CursorResult[Any]]) -> Sequence[Row[Any]]:
         self._database.require_schema()
@@ -114,14 +126,12 @@ def _problem_of(error: psycopg2.Error) -> Problem:
 
 
 def _execute_prepared(
-    connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    connection: Any, cursor: Any, statement: str, parameters: Any, context: object, executemany: bool
 ) -> tuple[str, Any]:
     """SQLAlchemy's hook before each statement: PREPARE it where this connection has not yet, and EXECUTE it.
 
     The statements that were used last are kept, for a plan takes memory and filters make many statements.
     """
-    if not context.execution_options.get("prepared"):
-        return statement, parameters
     known: dict[str, str] = connection.info.setdefault("prepared", {})
     name = known.pop(statement, None)
     names = list(dict.fromkeys(filter(None, _PARAMETER.findall(statement))))

@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
 
 import aggregates
 import listing
@@ -35,8 +36,9 @@ from bench.servers import (
     template_name,
 )
 from cursors import encode_cursor
-from reader import WALK_OPTIONS
+from reader import DIALECT, WALK_OPTIONS
 from schemas import EventListing, HistogramQuery
+from seals import SEALS, Seal, sealed_months
 
 MONTHS = 24
 LIMIT = 50
@@ -87,6 +89,10 @@ class Subject:
     service: Service
     seconds: int
 
+    def seals(self) -> Sequence[Seal]:
+        with create_engine(self.url, poolclass=NullPool).connect() as connection:
+            return sealed_months(connection.execute(SEALS))
+
     def ask(self, path: str, **query: object) -> float:
         """The median time of a GET, in ms."""
         printed = _run(
@@ -124,12 +130,11 @@ def against_sql(subject: Subject, rounds: int) -> list[Figure]:
             {**question.filters, "limit": LIMIT}
             | {name: [question.filters[name]] for name in ("actor", "event_type") if name in question.filters}
         )
-        sql, values = listing.walk_statement(wanted, None, listing.can_search(wanted))
-        options = WALK_OPTIONS if wanted.start is None else WALK_OPTIONS.replace("force_generic_plan", "auto")
+        sql, values = listing.walk_statement(wanted, None, listing.can_search(wanted), subject.seals())
         figure = Figure(question.name, f"{question.what}, less 1 ms", "the same SQL, prepared", "ms", 1.5, at_most=True)
         for _ in range(rounds):
             figure.ours.append(subject.page(**question.filters) - ALLOWANCE_MS)
-            figure.theirs.append(subject.run(sql, values, options))
+            figure.theirs.append(subject.run(sql, values, WALK_OPTIONS))
         figures.append(figure)
     return figures
 
@@ -153,7 +158,7 @@ def day_histogram(subject: Subject, rounds: int) -> list[Figure]:
     query = {"actor": events.ACTORS[0], "start": start.isoformat(), "end": end.isoformat(), "interval": "day"}
     wanted = HistogramQuery.model_validate({**query, "actor": [query["actor"]]})
     statement = aggregates.histogram_statement(wanted, start, end - timedelta(microseconds=1))
-    compiled = statement.compile(dialect=postgresql.psycopg2.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy's
+    compiled = statement.compile(dialect=DIALECT)
     figure = Figure("histogram", "days of a month, one actor, less 1 ms", "the same SQL", "ms", 1.3, at_most=True)
     for _ in range(rounds):
         figure.ours.append(subject.ask("/events/histogram", **query) - ALLOWANCE_MS)

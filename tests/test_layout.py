@@ -22,6 +22,7 @@ LAYERS = [
     {"append", "partitions", "cloudevents", "cursors", "lines"},
     {"models", "schemas"},
     {"ledger", "reader"},
+    {"seals"},
     {"db"},
     {"migrations", "cluster"},
     {"config", "problems"},

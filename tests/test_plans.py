@@ -52,7 +52,7 @@ LOG = [
             SELECT format('CHECK (id >= %s AND id <= %s AND timestamp >= %L AND timestamp <= %L)',
                 min(id), max(id), min(timestamp), max(timestamp)) INTO seal
             FROM audit_events WHERE recorded_at >= first AND recorded_at < first + interval '1 month';
-            EXECUTE format('ALTER TABLE %I ADD CONSTRAINT seal %s', name, seal);
+            EXECUTE format('ALTER TABLE %I ADD CONSTRAINT audit_events_month_is_over %s', name, seal);
         END LOOP;
     END $$
     """,
@@ -82,8 +82,6 @@ class Plans:
 
     def since(self) -> Ran:
         scans = [node for plan in self._plans for node in _nodes(plan["Plan"]) if "_past_" in _name(node)]
-        if __import__("os").environ.get("SHOW"):
-            print([(n["Node Type"], _name(n), _rows(n)) for n in scans])
         self._plans.clear()
         return Ran(
             {_index_of(node) for node in scans if node["Node Type"] != "Bitmap Heap Scan"},
