@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test bench-ingest bench-query lint clean
+.PHONY: run test test-faults bench-ingest bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -16,6 +16,11 @@ bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench
 
 bench-query: $(VENV)/dev.installed ## how fast questions are answered, beside prepared SQL; options in ARGS="--rows 1000000"
 	$(BIN)/python -m bench.query $(ARGS)
+
+# One more round of a run that failed: make test-faults SEED=… FIRST_ROUND=… ROUNDS=1, as the failure says.
+test-faults: $(VENV)/dev.installed ## a hundred rounds of kills, freezes, cuts and full disks under load: twelve minutes
+	$(BIN)/pytest tests/faults -m faults -s $(if $(ROUNDS),--rounds=$(ROUNDS)) $(if $(SEED),--seed=$(SEED)) \
+	  $(if $(FIRST_ROUND),--first-round=$(FIRST_ROUND)) $(if $(SERVER),--server=$(SERVER))
 
 lint: $(VENV)/dev.installed ## style and types
 	$(BIN)/ruff check .

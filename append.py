@@ -29,15 +29,10 @@ _APPEND_EVENTS = (
 class Prepared:
     """An event ready to append but for its id and the moment: all that can be made before the lock is held."""
 
-    members: dict[str, Any]  # as the client sent them, null ones left out, timestamp as text and filled in
     row: bytes  # JSON for append_events()
-    idempotency_key: str | None
+    timestamp: str  # RFC 3339; the moment of its arrival where the client sent none
+    key: tuple[str, str] | None  # tenant and idempotency key
     request_hash: bytes | None  # of a keyed event: tells a repetition from another event under the same key
-
-    @property
-    def scoped_key(self) -> tuple[str, str]:
-        """Keys are one tenant's own."""
-        return self.members.get("tenant", ""), self.idempotency_key or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +65,20 @@ Outcome = Appended | KeyConflict
 
 def prepare_event(event: EventIn, now: datetime) -> Prepared:
     """Hash the personal part and write the row; `now` stands in for a timestamp that was not sent."""
-    members = {name: value for name, value in event.__dict__.items() if value is not None}
-    key = members.pop("idempotency_key", None)
-    request_hash = None
-    if "timestamp" in members:
-        members["timestamp"] = ledger.format_timestamp(members["timestamp"])
-    row = dict(members)
-    if key is not None:
-        request_hash = sha256(ledger.canonical_json(members)).digest()
-        row["idempotency_key"] = key
-        row["request_hash"] = request_hash.hex()
-    if "timestamp" not in members:
-        members["timestamp"] = row["timestamp"] = ledger.format_timestamp(now)
+    row: dict[str, Any] = {name: value for name, value in event.__dict__.items() if value is not None}
+    key = row.pop("idempotency_key", None)
+    if event.timestamp is not None:
+        row["timestamp"] = ledger.format_timestamp(event.timestamp)
+    request_hash = None if key is None else sha256(ledger.canonical_json(row)).digest()
+    timestamp = row.setdefault("timestamp", ledger.format_timestamp(now))
     nonce = secrets.token_bytes(ledger.NONCE_BYTES)
+    row["personal_hash"] = ledger.hash_personal_part(nonce, ledger.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
-    row["personal_hash"] = ledger.hash_personal_part(nonce, ledger.personal_part(members)).hex()
-    return Prepared(members, orjson.dumps(row), key, request_hash)
+    if request_hash is None:
+        return Prepared(orjson.dumps(row), timestamp, None, None)
+    row["idempotency_key"] = key
+    row["request_hash"] = request_hash.hex()
+    return Prepared(orjson.dumps(row), timestamp, (event.tenant or "", str(key)), request_hash)
 
 
 def submission_of(events: Sequence[Prepared]) -> Submission:
@@ -95,8 +88,8 @@ def submission_of(events: Sequence[Prepared]) -> Submission:
     places: list[int] = []
     for index, event in enumerate(events):
         place = len(unique)
-        if event.idempotency_key is not None:
-            place = first_places.setdefault(event.scoped_key, place)
+        if event.key is not None:
+            place = first_places.setdefault(event.key, place)
         if place == len(unique):
             unique.append(event)
         elif unique[place].request_hash != event.request_hash:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import Request, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from config import ConfigurationError, Settings
-from problems import Unauthorized
+from problems import Forbidden, Unauthorized
 
 Scope = Literal["write", "read", "admin"]
 
@@ -89,3 +89,13 @@ async def identify_caller(
 
 
 Caller = Annotated[Key, Security(identify_caller)]
+
+
+def require_admin(caller: Caller) -> Key:
+    """The caller's key, which carries the scope admin; raises Forbidden."""
+    if "admin" not in caller.scopes:
+        raise Forbidden("This call needs a key with the scope admin.")
+    return caller
+
+
+Admin = Annotated[Key, Depends(require_admin)]

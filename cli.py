@@ -1,38 +1,96 @@
 """Operator commands: python cli.py COMMAND."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from pydantic import ValidationError
+
+import holds
 from auth import api_key_in_force
 from config import ConfigurationError, Settings, load_settings
+from db import Database, open_database
+from problems import Problem
+from schemas import LegalHold, LegalHoldFilter, LegalHoldIn
 from server import serve_alone, serve_with_workers
 
 
 def main() -> int:
     """Run one command; a wrong setting is told in one line, without a traceback."""
-    parser = argparse.ArgumentParser(prog="cli.py", description=__doc__)
+    parser = ArgumentParser(prog="cli.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run the service until it is told to stop").set_defaults(run=serve)
     commands.add_parser("run", help="try it on this machine: migrate, serve, show the API key").set_defaults(run=run)
+    _add_hold_commands(commands.add_parser("holds", help="place, list and release legal holds"))
     arguments = parser.parse_args()
     try:
-        return int(arguments.run(load_settings()))
+        return int(arguments.run(load_settings(), arguments))
     except ConfigurationError as error:
         print(f"audit-service: {error}", file=sys.stderr)
         return 2
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, _: Namespace) -> int:
     """Serve HTTP until SIGINT or SIGTERM, then finish the requests under way."""
     api_key_in_force(settings)  # a missing one stops the start here, in one line
     return serve_with_workers(settings) if settings.workers > 1 else serve_alone(settings)
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, _: Namespace) -> int:
     """`make run`: serve in development, on a migrated database, and print how to send the first event."""
     settings = replace(settings, environment="development", run_migrations=True)
     return serve_alone(settings, _banner(settings, api_key_in_force(settings)))
+
+
+def _add_hold_commands(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    place = actions.add_parser("place", help="keep the events that match all that is named")
+    for name in ("tenant", "actor", "resource"):
+        place.add_argument(f"--{name}")
+    place.add_argument("--reason", required=True)
+    place.set_defaults(run=_on_holds, act=_place_hold)
+    release = actions.add_parser("release", help="release a hold by its id")
+    release.add_argument("id", type=int)
+    release.set_defaults(run=_on_holds, act=_release_hold)
+    for action in (place, release):
+        action.add_argument("--by", required=True, help="who asks for it, for the record")
+    listing = actions.add_parser("list", help="those in force")
+    listing.add_argument("--all", action="store_true", help="released ones too")
+    listing.set_defaults(run=_on_holds, act=_list_holds)
+
+
+def _on_holds(settings: Settings, arguments: Namespace) -> int:
+    """Do it on the configured database and print each hold as a line of JSON."""
+    try:
+        with open_database(settings) as database:
+            for hold in arguments.act(database, arguments):
+                print(LegalHold.model_validate(hold).model_dump_json())
+    except ValidationError as error:
+        print(f"audit-service: {error.errors()[0]['msg']}", file=sys.stderr)
+        return 2
+    except Problem as problem:
+        print(f"audit-service: {problem.detail}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _place_hold(database: Database, arguments: Namespace) -> Iterator[Any]:
+    wanted = {name: getattr(arguments, name) for name in LegalHoldIn.model_fields}
+    yield holds.place_hold(database, LegalHoldIn(**wanted), arguments.by)
+
+
+def _release_hold(database: Database, arguments: Namespace) -> Iterator[Any]:
+    yield holds.release_hold(database, arguments.id, arguments.by)
+
+
+def _list_holds(database: Database, arguments: Namespace) -> Iterator[Any]:
+    after: int | None = 0
+    while after is not None:
+        page = holds.list_holds(database, LegalHoldFilter(active=None if arguments.all else True, after=after))
+        yield from page.legal_holds
+        after = page.next_after
 
 
 def _banner(settings: Settings, api_key: str) -> str:

@@ -45,6 +45,7 @@ class Settings:
     idempotency_window: timedelta = timedelta(days=30)
     query_timeout: timedelta = timedelta(seconds=10)
     count_limit: int = 1_000_000
+    retention: timedelta | None = None  # None: keep for ever
     log_level: LogLevel = "INFO"
     log_writes: bool = False
 
@@ -73,6 +74,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
         query_timeout=read.duration("QUERY_TIMEOUT", Settings.query_timeout),
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
+        retention=read.days("RETENTION_DAYS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
@@ -157,6 +159,14 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
         unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
         return timedelta(**{unit: int(parts[1])})
+
+    def days(self, name: str) -> timedelta | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        if not (re.fullmatch(r"\d{1,5}", value, re.ASCII) and int(value) > 0):
+            raise ConfigurationError(f"{name}: must be a whole number of days, 1 to 99999")
+        return timedelta(days=int(value))
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name) or default

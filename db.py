@@ -77,6 +77,27 @@ class Database:
                 raise DatabaseUnavailable(_READ_ONLY_DETAIL)
             return migrations.head()
 
+    @contextmanager
+    def exclusive_session(self, lock: int) -> Iterator[Connection | None]:
+        """A session of its own, in autocommit and without a statement timeout, for work that takes its time.
+
+        Only one at a time, over all replicas, holds the advisory lock; the others get None. Raises what
+        transaction() raises, and DatabaseUnavailable where the session waits 5 s for somebody's lock.
+        """
+        with self._translate_errors(), self.engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            self._require_schema(connection)
+            connection.detach()  # from the pool: nobody gets it with these settings
+            if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock}):
+                yield None
+                return
+            try:
+                connection.exec_driver_sql("SET statement_timeout = 0")
+                yield connection
+            finally:
+                if not connection.invalidated:
+                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": lock})
+
     def dedicated_connection(self) -> psycopg2.extensions.connection:
         """A driver's connection outside the pool, in autocommit, for a caller who says BEGIN and COMMIT.
 
@@ -118,6 +139,8 @@ class Database:
             problem = problem_of(error.orig) if isinstance(error.orig, psycopg2.Error) else InternalError()
             self._schema_seen_ready &= not isinstance(problem, SchemaNotReady)
             raise problem from None
+        except psycopg2.Error as error:  # of a caller who went past SQLAlchemy
+            raise problem_of(error) from None
 
 
 def problem_of(error: psycopg2.Error) -> Problem:

@@ -1,16 +1,19 @@
-"""What has to be done now and then, beside the requests and in nobody's way: partitions, old keys."""
+"""What has to be done now and then, beside the requests and in nobody's way: partitions, retention, old keys."""
 
 import asyncio
 import logging
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
 from config import Settings
 from db import Database
-from partitions import create_coming_months
+from partitions import create_coming_months, list_partitions, seal_finished_months
 from problems import Problem
+from retention import apply_retention
+from telemetry import Metrics
 
 logger = logging.getLogger("audit.housekeeping")
 
@@ -23,6 +26,69 @@ _PURGE_KEYS = text(
     "DELETE FROM idempotency_keys WHERE (tenant, key) IN (SELECT tenant, key FROM idempotency_keys"
     " WHERE recorded_at < now() - :window ORDER BY recorded_at LIMIT :batch FOR UPDATE SKIP LOCKED)"
 )
+_FIRST_EVENT = text("SELECT id, recorded_at FROM audit_events ORDER BY id LIMIT 1")  # index: audit_events_pkey
+_HOLDS_IN_FORCE = text("SELECT count(*) FROM legal_holds WHERE released_at IS NULL")  # few: no index
+
+
+async def keep_house(database: Database, settings: Settings, metrics: Metrics) -> None:
+    """Run for ever in the background. Failing changes nothing today: there are three months to succeed."""
+    while True:
+        is_done = await run_in_threadpool(do_round, database, settings, metrics, datetime.now(UTC))
+        await asyncio.sleep(_INTERVAL_S if is_done else _RETRY_INTERVAL_S)
+
+
+def do_round(database: Database, settings: Settings, metrics: Metrics, now: datetime) -> bool:
+    """Do each job once; return whether all succeeded. One that fails keeps no other from being done."""
+    jobs: list[Callable[[], None]] = [
+        lambda: _create_months(database),
+        lambda: _seal_months(database),
+        lambda: _apply_retention(database, settings, metrics, now),
+        lambda: _purge_keys(database, settings),
+        lambda: _measure(database, metrics),
+    ]
+    return all([_succeeds(job) for job in jobs])
+
+
+def _succeeds(job: Callable[[], None]) -> bool:
+    try:
+        job()
+    except Problem as problem:
+        logger.warning("housekeeping was put off: %s", problem.detail)
+        return False
+    except Exception:
+        logger.exception("housekeeping failed in an unforeseen way")
+        return False
+    return True
+
+
+def _create_months(database: Database) -> None:
+    if created := create_coming_months(database):
+        logger.info("created partitions %s", ", ".join(created))
+
+
+def _seal_months(database: Database) -> None:
+    for partition in seal_finished_months(database):
+        logger.info("sealed partition %s", partition)
+
+
+def _apply_retention(database: Database, settings: Settings, metrics: Metrics, now: datetime) -> None:
+    for partition in apply_retention(database, settings.retention, now):
+        metrics.partitions_dropped.inc()
+        logger.info("dropped partition %s, which had expired", partition)
+
+
+def _purge_keys(database: Database, settings: Settings) -> None:
+    if purged := purge_keys(database, settings.idempotency_window):
+        logger.info("purged %d idempotency keys", purged)
+
+
+def _measure(database: Database, metrics: Metrics) -> None:
+    with database.transaction() as connection:
+        metrics.partitions.set(len(list_partitions(connection)))
+        metrics.legal_holds.set(connection.scalar(_HOLDS_IN_FORCE) or 0)
+        if first := connection.execute(_FIRST_EVENT).one_or_none():
+            metrics.first_event.set(first.id)
+            metrics.first_event_age.set(first.recorded_at.timestamp())
 
 
 def purge_keys(database: Database, window: timedelta) -> int:
@@ -34,18 +100,3 @@ def purge_keys(database: Database, window: timedelta) -> int:
         purged += count
         if count < _PURGE_BATCH:
             return purged
-
-
-async def keep_house(database: Database, settings: Settings) -> None:
-    """Run for ever in the background. Failing changes nothing today: there are three months to succeed."""
-    while True:
-        interval_s = _INTERVAL_S
-        try:
-            if created := await run_in_threadpool(create_coming_months, database):
-                logger.info("created partitions %s", ", ".join(created))
-            if purged := await run_in_threadpool(purge_keys, database, settings.idempotency_window):
-                logger.info("purged %d idempotency keys", purged)
-        except Problem as problem:
-            logger.warning("housekeeping was put off: %s", problem.detail)
-            interval_s = _RETRY_INTERVAL_S
-        await asyncio.sleep(interval_s)

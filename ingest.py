@@ -1,8 +1,8 @@
 """The group-commit writer: one flush at a time, and whatever arrives meanwhile goes into the next one.
 
-A request is acknowledged only after the commit of the flush that holds its events. The queue is bounded by
-count and by bytes; past it the answer is 503 at once. The writer's thread owns its connection; the event
-loop owns the queue's totals; the deque between them is appended to by one and popped by the other.
+A request is acknowledged only after the commit of the flush that holds its events. What waits is bounded by
+count, and by bytes from the first that is read; past it the answer is 503 at once. The writer's thread owns its
+connection; the event loop owns the totals; the deque between them is appended to by one and popped by the other.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,8 +26,8 @@ from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem
 
 logger = logging.getLogger("audit.ingest")
 
-MAX_QUEUED_EVENTS = 50_000
-MAX_QUEUED_BYTES = 64 * 1024 * 1024
+MAX_QUEUED_EVENTS = 20_000
+MAX_HELD_BYTES = 32 * 1024 * 1024  # of bodies, from their first byte to their answer; parsed they take six times that
 MAX_FLUSH_EVENTS = 2_000  # keeps the head's lock for some 50 ms; a larger batch goes alone
 
 # A flush whose outcome is unknown is sent again until it is known, for as long as a client may be kept waiting.
@@ -64,7 +65,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
-        self._queued_bytes = 0
+        self._held_bytes = 0
         self._wake = threading.Event()
         self._stopping = False
         self._connection: Connection | None = None
@@ -74,28 +75,45 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
-    async def append(self, events: Sequence[Prepared], size_bytes: int) -> Appended:
-        """Append the events, all or none; return when they are committed. `size_bytes` is their body's.
+    @contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """For one request's body: call it with the size of what is about to be held, until the block ends.
+
+        Raises QueueFull where that is more than the writer has room for.
+        """
+        held = 0
+
+        def take(size_bytes: int) -> None:
+            nonlocal held
+            if self._held_bytes + size_bytes > MAX_HELD_BYTES:
+                raise QueueFull()
+            self._held_bytes += size_bytes
+            held += size_bytes
+
+        try:
+            yield take
+        finally:
+            self._held_bytes -= held
+
+    async def append(self, events: Sequence[Prepared]) -> Appended:
+        """Append the events, all or none; return when they are committed.
 
         Raises QueueFull and ShuttingDown at once; IdempotencyConflict, DatabaseUnavailable, SchemaNotReady,
         InternalError (nothing stored) or OutcomeUnknown later.
         """
         if self._stopping:
             raise ShuttingDown()
-        if self._queued_events and (
-            self._queued_events + len(events) > MAX_QUEUED_EVENTS or self._queued_bytes + size_bytes > MAX_QUEUED_BYTES
-        ):
+        if self._queued_events and self._queued_events + len(events) > MAX_QUEUED_EVENTS:
             raise QueueFull()
         waiting = _Waiting(submission_of(events), self._loop.create_future())
         self._queued_events += len(events)
-        self._queued_bytes += size_bytes
         self._queue.append(waiting)
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
         try:
             return await waiting.answer
         finally:
             self._queued_events -= len(events)
-            self._queued_bytes -= size_bytes
 
     async def stop(self) -> None:
         """Refuse what comes from now on, finish what was accepted, and close the connection."""
@@ -108,7 +126,7 @@ class Writer:
             self._wake.wait()
             self._wake.clear()
             while piece := self._take_piece():
-                results = self._flush_piece(piece)
+                results = self._settle(piece)
                 self._loop.call_soon_threadsafe(_answer, piece, results)
             if self._stopping and not self._queue:
                 self._disconnect()
@@ -131,8 +149,17 @@ class Writer:
             keys |= submission.keys
         return piece
 
+    def _settle(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
+        """One result for each submission, whatever happens: nobody waits for ever."""
+        try:
+            return self._flush_piece(piece)
+        except Exception:
+            logger.exception("a flush failed in an unforeseen way")
+            self._disconnect()
+            return [InternalError()] * len(piece)
+
     def _flush_piece(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
-        """One result for each submission. What PostgreSQL refuses fails alone: the piece is halved around it."""
+        """What PostgreSQL refuses fails alone: the piece is halved around it."""
         try:
             self._require_connection()
             return self._append(piece)
@@ -147,10 +174,6 @@ class Writer:
                 return [problem_of(error)] * len(piece)
             middle = (len(piece) + 1) // 2
             return [*self._flush_piece(piece[:middle]), *(self._flush_piece(piece[middle:]) if piece[middle:] else [])]
-        except Exception:
-            logger.exception("a flush failed in an unforeseen way")
-            self._disconnect()
-            return [InternalError()] * len(piece)
 
     def _append(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
         submissions = [waiting.submission for waiting in piece]
@@ -164,26 +187,28 @@ class Writer:
         Not before the first one has ended for sure: the server may go on with it, long after we lost it.
         """
         logger.error("connection lost during a flush")
-        retried_from, lost = self._next_id, self._backend
+        retried_from, lost = self._next_id, [self._backend]
         deadline = time.monotonic() + _RESOLVE_S
         while True:
             self._disconnect()
             try:
-                self._end_backend(self._require_connection(), lost)
+                self._end_backends(self._require_connection(), lost)
                 return self._append(piece, retried_from)
             except (psycopg2.Error, Problem) as error:
                 if time.monotonic() > deadline:
                     logger.error("the outcome of a flush stays unknown: %s", type(error).__name__)
                     return [OutcomeUnknown()] * len(piece)
                 if self._connection is not None:
-                    lost = self._backend
+                    lost.append(self._backend)
             time.sleep(_RESOLVE_INTERVAL_S)
 
-    def _end_backend(self, connection: Connection, lost: tuple[int, datetime] | None) -> None:
+    def _end_backends(self, connection: Connection, lost: Sequence[tuple[int, datetime] | None]) -> None:
+        """Make sure that none of these server processes is left; raises DatabaseUnavailable while one is."""
         with connection.cursor() as cursor:
-            cursor.execute(_END_BACKEND, (_END_BACKEND_MS, *(lost or (None, None))))
-            if cursor.fetchone() == (False,):
-                raise DatabaseUnavailable()
+            for backend in filter(None, lost):
+                cursor.execute(_END_BACKEND, (_END_BACKEND_MS, *backend))
+                if cursor.fetchone() == (False,):
+                    raise DatabaseUnavailable()
 
     def _require_connection(self) -> Connection:
         """A connection that answered within the last second; raises Problem before anything is sent."""

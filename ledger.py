@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import rfc8785
 
+TILE_WIDTH = 256  # hashes in a full tile (c2sp.org/tlog-tiles)
 NONCE_BYTES = 16
 
 _MAX_SAFE_INTEGER = 2**53 - 1  # beyond it a JSON number is what its nearest double is (RFC 8785 section 3.2.2.3)

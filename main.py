@@ -16,7 +16,7 @@ from db import open_database
 from housekeeping import keep_house
 from ingest import Writer
 from reader import Reader
-from routes import events, operations
+from routes import events, holds, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.database = database
             app.state.reader = Reader(database, database.url, app.state.settings.query_timeout)
             app.state.writer = Writer(database)
-            housekeeping = asyncio.create_task(keep_house(database, app.state.settings))
+            housekeeping = asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))
             try:
                 yield
             finally:
@@ -64,6 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install_handlers(app)
     app.include_router(events.router)
+    app.include_router(holds.router)
     app.include_router(operations.router)
     return app
 

@@ -7,6 +7,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Identity,
     Index,
     LargeBinary,
     MetaData,
@@ -86,6 +87,25 @@ idempotency_keys = Table(
     Column("recorded_at", DateTime(timezone=True), nullable=False),
     PrimaryKeyConstraint("tenant", "key", name="idempotency_keys_pkey"),
     Index("idempotency_keys_recorded_at", "recorded_at"),
+)
+
+# Whose events retention must keep: those that all of the three match which are given. Released ones stay, as history.
+legal_holds = Table(
+    "legal_holds",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("tenant", Text),
+    Column("actor", Text),
+    Column("resource", Text),
+    Column("reason", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("released_by", Text),
+    Column("released_at", DateTime(timezone=True)),
+    Column("keeps", Text),  # the partition at which it stopped retention last
+    PrimaryKeyConstraint("id", name="legal_holds_pkey"),
+    CheckConstraint("num_nonnulls(tenant, actor, resource) > 0", name="legal_holds_name_whose_events"),
+    CheckConstraint("(released_at IS NULL) = (released_by IS NULL)", name="legal_holds_are_released_by_somebody"),
 )
 
 _columns = audit_events.c

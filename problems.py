@@ -5,8 +5,10 @@ Problem
 │   ├── MalformedBody          400
 │   └── InvalidCursor          400
 ├── Unauthorized               401
+├── Forbidden                  403
 ├── NotFound                   404
-│   └── EventNotFound          404
+│   ├── EventNotFound          404
+│   └── HoldNotFound           404
 ├── MethodNotAllowed           405
 ├── IdempotencyConflict        409
 ├── BodyTooLarge               413
@@ -75,6 +77,12 @@ class Unauthorized(Problem):
     headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="audit"'}
 
 
+class Forbidden(Problem):
+    """This API key is valid, and does not carry the scope that the call needs."""
+
+    status, code, title = 403, "forbidden", "Forbidden"
+
+
 class NotFound(Problem):
     """There is nothing at this path."""
 
@@ -85,6 +93,12 @@ class EventNotFound(NotFound):
     """There is no event with this id."""
 
     code, title = "event-not-found", "Event not found"
+
+
+class HoldNotFound(NotFound):
+    """There is no legal hold with this id."""
+
+    code, title = "hold-not-found", "Legal hold not found"
 
 
 class MethodNotAllowed(Problem):

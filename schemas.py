@@ -309,6 +309,61 @@ class Top(BaseModel):
     values: list[ValueCount]
 
 
+class LegalHoldIn(BaseModel):
+    """Whose events to keep: those that match all of tenant, actor and resource which are given."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"actor": "alice", "reason": "Case 2026-117"}]},
+    )
+
+    tenant: Text255 | None = None
+    actor: Text255 | None = None
+    resource: Text1024 | None = None
+    reason: Text1024
+
+    @model_validator(mode="after")
+    def _check_subject(self) -> "LegalHoldIn":
+        if self.tenant is None and self.actor is None and self.resource is None:
+            raise ValueError("name at least one of tenant, actor and resource")
+        return self
+
+
+class LegalHold(BaseModel):
+    """A legal hold, in force until it is released."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    tenant: str | None
+    actor: str | None
+    resource: str | None
+    reason: str
+    created_by: str = Field(description="The name of the key that placed it")
+    created_at: TimestampOut
+    released_by: str | None
+    released_at: TimestampOut | None
+    keeps: str | None = Field(description="The partition that retention would have dropped last, were it not for this")
+
+
+class LegalHoldPage(BaseModel):
+    """Legal holds, oldest first."""
+
+    legal_holds: list[LegalHold]
+    next_after: int | None = Field(description="Send it as `after` for the next page; null on the last")
+
+
+class LegalHoldFilter(BaseModel):
+    """Which legal holds to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    active: bool | None = Field(None, description="true: those in force; false: those released; left out: both")
+    after: int = Field(0, ge=0, lt=2**63, description="`next_after` of the page before")
+    limit: int = Field(100, ge=1, le=1000)
+
+
 class BatchReceipt(BaseModel):
     """Where the events of a batch stand in the log, in the order in which they were sent."""
 

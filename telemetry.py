@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,6 +42,17 @@ class Metrics:
             "audit_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
         )
         self.events = Counter("audit_events_recorded", "Events committed to the log", registry=self.registry)
+        self.partitions = self._gauge("audit_partitions", "Monthly partitions, coming ones included")
+        self.partitions_dropped = Counter(
+            "audit_partitions_dropped", "Partitions that retention dropped", registry=self.registry
+        )
+        self.first_event = self._gauge("audit_first_event_id", "The lowest id that is kept")
+        self.first_event_age = self._gauge("audit_first_event_recorded_seconds", "When it was recorded, in Unix time")
+        self.legal_holds = self._gauge("audit_legal_holds", "Legal holds in force")
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        """Set by whichever worker does the housekeeping: the last one to say something is right."""
+        return Gauge(name, documentation, registry=self.registry, multiprocess_mode="mostrecent")
 
     def exposition(self) -> bytes:
         """In Prometheus' text format; of all workers together where there are several (see server.py)."""

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +36,8 @@ from bench.servers import (
     template_name,
 )
 from cursors import encode_cursor
+from db import Database
+from partitions import seal_finished_months
 from reader import DIALECT, WALK_OPTIONS
 from schemas import EventListing, HistogramQuery
 from seals import SEALS, Seal, sealed_months
@@ -220,8 +222,10 @@ def main() -> None:
         for name, (rows, _) in templates.items():
             # Not on a clone: a large one would not fit beside its template, and reads change nothing.
             server.execute(name, _MAKE_RARE)
-            server.settle(name)
             url = server.cluster.url(name)
+            with closing(Database(url)) as database:
+                list(seal_finished_months(database))
+            server.settle(name)
             service = stack.enter_context(running_service(SERVE_COMMAND, url))
             subjects.append(Subject(rows, server, url, service, arguments.seconds))
         for subject in subjects:

@@ -27,6 +27,7 @@ MAX_BATCH_EVENTS = 10_000
 
 Headers = dict[bytes, bytes]  # names in lower case; of a repeated one the last counts
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+Room = Callable[[int], None]  # see Writer.room()
 
 _BATCH_PARSERS: dict[bytes, Callable[[bytes], list[EventIn]]] = {
     b"application/json": parse_events,
@@ -43,7 +44,7 @@ class Writes:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._handlers: dict[str, Callable[[State, Headers, Receive], Awaitable[Answer]]] = {
+        self._handlers: dict[str, Callable[[State, Headers, Receive, Room], Awaitable[Answer]]] = {
             "/events": _create_event,
             "/events/batch": _create_events,
         }
@@ -58,7 +59,8 @@ class Writes:
         scope["state"]["route"] = scope["path"]
         try:
             scope["state"]["key_name"] = state.authenticator.identify(presented_key(headers)).name
-            status, answer_headers, body = await handler(state, headers, receive)
+            with state.writer.room() as room:
+                status, answer_headers, body = await handler(state, headers, receive, room)
         except ClientDisconnect:
             return
         except Problem as problem:
@@ -69,10 +71,10 @@ class Writes:
         await send({"type": "http.response.body", "body": body})
 
 
-async def _create_event(state: State, headers: Headers, receive: Receive) -> Answer:
+async def _create_event(state: State, headers: Headers, receive: Receive, room: Room) -> Answer:
     media_type = _media_type(headers)
     if media_type == cloudevents.BATCH.encode():
-        return await _append_batch(state, headers, receive, cloudevents.parse_batch)
+        return await _append_batch(state, headers, receive, room, cloudevents.parse_batch)
     if media_type == cloudevents.STRUCTURED.encode():
         parse: Callable[[bytes], EventIn] = cloudevents.parse_structured
     elif media_type != b"application/json":
@@ -81,54 +83,60 @@ async def _create_event(state: State, headers: Headers, receive: Receive) -> Ans
         parse = lambda body: cloudevents.parse_binary(headers, body)  # noqa: E731
     else:
         parse = lambda body: _with_headers(parse_event(body), headers)  # noqa: E731
-    body = await _read_body(headers, receive, MAX_BODY_BYTES)
-    (prepared,), appended = await _append(state, [parse(body)], len(body))
+    event = parse(await _read_body(headers, receive, room, MAX_BODY_BYTES))
+    (prepared,) = _prepare(state, [event])
+    appended = await _append(state, [prepared])
     event_id = appended.ids[0]
     location = (b"location", b"/events/%d" % event_id)
     if appended.replayed:
         return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id)
-    members = prepared.members
-    answer = {name: members.get(name) for name in PUBLIC_FIELDS}
-    answer["id"] = event_id
-    answer["recorded_at"] = appended.recorded_at
-    return 201, [location], orjson.dumps(answer)
+    stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at}
+    members = {**event.__dict__, **stored}
+    return 201, [location], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
 
 
-async def _create_events(state: State, headers: Headers, receive: Receive) -> Answer:
+async def _create_events(state: State, headers: Headers, receive: Receive, room: Room) -> Answer:
     parse = _BATCH_PARSERS.get(_media_type(headers))
     if parse is None:
         raise UnsupportedMediaType(f"Send one of {b', '.join(_BATCH_PARSERS).decode()}.")
-    return await _append_batch(state, headers, receive, parse)
+    return await _append_batch(state, headers, receive, room, parse)
 
 
 async def _append_batch(
-    state: State, headers: Headers, receive: Receive, parse: Callable[[bytes], list[EventIn]]
+    state: State, headers: Headers, receive: Receive, room: Room, parse: Callable[[bytes], list[EventIn]]
 ) -> Answer:
-    body = await _read_body(headers, receive, MAX_BATCH_BYTES)
-    events = parse(body)
-    if len(events) > MAX_BATCH_EVENTS:
-        raise BodyTooLarge(f"The batch has {len(events)} events, and {MAX_BATCH_EVENTS} are the most.")
-    if not events:
-        raise InvalidFields(errors=[{"location": "body", "message": "must hold at least one event"}])
-    _, appended = await _append(state, events, len(body))
+    # Neither body nor parsed events get a name: they must be gone while the batch waits.
+    prepared = _prepare(state, _limited(parse(await _read_body(headers, receive, room, MAX_BATCH_BYTES))))
+    appended = await _append(state, prepared)
     receipt = {
-        "count": len(events),
+        "count": len(prepared),
         "first_id": min(appended.ids),
         "last_id": max(appended.ids),
         "ids": appended.ids,
         "replayed": len(appended.replayed),
     }
-    replay = [(b"idempotent-replay", b"true")] if len(appended.replayed) == len(events) else []
+    replay = [(b"idempotent-replay", b"true")] if len(appended.replayed) == len(prepared) else []
     return 201, replay, orjson.dumps(receipt)
 
 
-async def _append(state: State, events: Sequence[EventIn], size_bytes: int) -> tuple[Sequence[Prepared], Appended]:
+def _limited(events: list[EventIn]) -> list[EventIn]:
+    if len(events) > MAX_BATCH_EVENTS:
+        raise BodyTooLarge(f"The batch has {len(events)} events, and {MAX_BATCH_EVENTS} are the most.")
+    if not events:
+        raise InvalidFields(errors=[{"location": "body", "message": "must hold at least one event"}])
+    return events
+
+
+def _prepare(state: State, events: Sequence[EventIn]) -> list[Prepared]:
     now = datetime.now(UTC)
     _refuse_the_future(events, now + state.settings.max_clock_skew)
-    prepared = [prepare_event(event, now) for event in events]
-    appended = await state.writer.append(prepared, size_bytes)
-    state.metrics.events.inc(len(events) - len(appended.replayed))
-    return prepared, appended
+    return [prepare_event(event, now) for event in events]
+
+
+async def _append(state: State, prepared: Sequence[Prepared]) -> Appended:
+    appended: Appended = await state.writer.append(prepared)
+    state.metrics.events.inc(len(prepared) - len(appended.replayed))
+    return appended
 
 
 async def _first_answer(state: State, event_id: int) -> bytes:
@@ -172,8 +180,8 @@ def _media_type(headers: Headers) -> bytes:
     return headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
 
 
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """The body; raises BodyTooLarge as soon as it is known to be."""
+async def _read_body(headers: Headers, receive: Receive, room: Room, limit: int) -> bytes:
+    """The body; raises BodyTooLarge as soon as it is known to be, and QueueFull where there is no room for it."""
     announced = headers.get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > limit:
         raise _body_too_large(limit)
@@ -185,6 +193,7 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
             raise ClientDisconnect()
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
+        room(len(chunks[-1]))
         if size > limit:
             raise _body_too_large(limit)
         if not message.get("more_body", False):

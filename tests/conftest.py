@@ -55,6 +55,7 @@ SCRUBBED = (
     "MAX_CLOCK_SKEW",
     "PORT",
     "QUERY_TIMEOUT",
+    "RETENTION_DAYS",
     "RUN_MIGRATIONS",
     "WORKERS",
 )
@@ -67,6 +68,14 @@ SERVERS = [*BINARIES, *(["TEST_DATABASE_URL"] if TEST_DATABASE_URL else [])]
 
 _versions: dict[str, str] = {}
 _names = (f"audit_test_{os.getpid()}_{number}" for number in itertools.count())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    faults = parser.getgroup("faults", "tests/faults: what one run of the rounds does")
+    faults.addoption("--rounds", type=int, default=100)
+    faults.addoption("--first-round", type=int, default=0, help="with a seed: the round to begin with")
+    faults.addoption("--seed", help="what decides every choice; printed by each run")
+    faults.addoption("--server", choices=list(BINARIES), help="Debian's 15 where it is, unless told otherwise")
 
 
 def execute(url: URL, statement: str) -> Any:
@@ -217,7 +226,7 @@ def _shared_app(server: Server) -> Iterator[tuple[httpx.Client, URL]]:
 def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     """A client of a running service whose log is empty."""
     client, url = _shared_app
-    execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys")
+    execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys, legal_holds")
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
     assert_ledger_consistent(url)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,14 @@ import psycopg2
 import psycopg2.extras
 import rfc8785
 from sqlalchemy.engine import URL
+
+
+@dataclass
+class Checked:
+    """The leaves of a log that were recomputed from their rows already: the next check begins after them."""
+
+    leaves: list[bytes] = field(default_factory=list)
+    recorded_at: datetime | None = None  # of the last of them
 
 
 def moment(value: datetime) -> str:
@@ -47,26 +56,31 @@ def read(cursor: Any, statement: str, *values: Any) -> list[dict[str, Any]]:
     return [dict(row) for row in cursor.fetchall()]
 
 
-def assert_ledger_consistent(url: URL) -> int:
-    """Ids are dense, hashes recompute, the root is the frontier's, tiles are exactly the full ones; the size."""
+def assert_ledger_consistent(url: URL, checked: Checked | None = None, pruned: int = 0) -> int:
+    """Ids are dense, hashes recompute, the root is the frontier's, tiles are exactly the full ones; the size.
+
+    Of the leaves that retention pruned, the first so many, only the hashes in the tiles are left.
+    """
+    checked = checked or Checked()
     connection = psycopg2.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
     connection.set_session(isolation_level="REPEATABLE READ", readonly=True)
     psycopg2.extras.register_default_jsonb(connection, loads=json.loads)
     cursor = connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor)
     try:
         (head,) = read(cursor, "SELECT * FROM ledger_head")
-        rows = read(cursor, "SELECT * FROM audit_events WHERE id >= %s ORDER BY id", head["first_id"])
+        start_id = head["first_id"] + len(checked.leaves)
+        rows = read(cursor, "SELECT * FROM audit_events WHERE id >= %s ORDER BY id", start_id)
         tiles = read(cursor, "SELECT * FROM ledger_tiles ORDER BY level, tile_index")
         keys = read(cursor, "SELECT * FROM idempotency_keys")
     finally:
         connection.close()
-    assert head["size"] == len(rows)
-    assert [row["id"] for row in rows] == list(range(head["first_id"], head["first_id"] + len(rows)))
-    recorded = [row["recorded_at"] for row in rows]
+    end = head["first_id"] + head["size"]
+    assert [row["id"] for row in rows] == list(range(start_id + pruned, end))
+    recorded = [*filter(None, [checked.recorded_at]), *(row["recorded_at"] for row in rows), head["recorded_at"]]
     assert recorded == sorted(recorded)
-    assert not recorded or recorded[-1] <= head["recorded_at"]
 
-    leaves = [leaf_of(row) for row in rows]
+    stored = b"".join(bytes(tile["hashes"]) for tile in tiles if tile["level"] == 0)
+    leaves = checked.leaves + [stored[n * 32 : n * 32 + 32] for n in range(pruned)] + [leaf_of(row) for row in rows]
     frontier, start = [], 0
     for height in reversed(range(len(leaves).bit_length())):
         if len(leaves) >> height & 1:
@@ -81,7 +95,7 @@ def assert_ledger_consistent(url: URL) -> int:
         level, hashes = level + 1, [tree_hash(part) for part in parts]
     assert [(tile["level"], tile["tile_index"], bytes(tile["hashes"])) for tile in tiles] == expected
 
-    ids = {row["id"] for row in rows}
-    assert {key["event_id"] for key in keys} <= ids
+    assert all(head["first_id"] <= key["event_id"] < end for key in keys)
     assert len({key["event_id"] for key in keys}) == len(keys)
-    return len(rows)
+    checked.leaves, checked.recorded_at = leaves, rows[-1]["recorded_at"] if rows else checked.recorded_at
+    return len(leaves)
