@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults bench-ingest lint clean
+.PHONY: run test test-faults bench-ingest bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -16,6 +16,9 @@ test-faults: $(VENV)/dev.installed ## a hundred kills, freezes, cuts and full di
 
 bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench and COPY; options in ARGS="--only single-64"
 	$(BIN)/python -m bench.ingest $(ARGS)
+
+bench-query: $(VENV)/dev.installed ## how fast questions are answered, beside prepared SQL; options in ARGS="--rows 1000000"
+	$(BIN)/python -m bench.query $(ARGS)
 
 lint: $(VENV)/dev.installed ## style and types
 	$(BIN)/ruff check .

@@ -43,6 +43,8 @@ class Settings:
     run_migrations: bool = False
     max_clock_skew: timedelta = timedelta(minutes=5)
     idempotency_window: timedelta = timedelta(days=30)
+    query_timeout: timedelta = timedelta(seconds=10)
+    count_limit: int = 1_000_000
     retention: timedelta | None = None  # None: keep for ever
     log_level: LogLevel = "INFO"
     log_writes: bool = False
@@ -70,6 +72,8 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         run_migrations=read.boolean("RUN_MIGRATIONS"),
         max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew),
         idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
+        query_timeout=read.duration("QUERY_TIMEOUT", Settings.query_timeout),
+        count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
         retention=read.days("RETENTION_DAYS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
@@ -140,10 +144,10 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a port number, 1 to 65535")
         return int(value)
 
-    def count(self, name: str, default: int) -> int:
+    def count(self, name: str, default: int, highest: int = 999) -> int:
         value = self.text(name) or str(default)
-        if not (value.isascii() and value.isdecimal() and 0 < int(value) < 1000):
-            raise ConfigurationError(f"{name}: must be a number from 1 to 999")
+        if not (value.isascii() and value.isdecimal() and 0 < int(value) <= highest):
+            raise ConfigurationError(f"{name}: must be a number from 1 to {highest}")
         return int(value)
 
     def duration(self, name: str, default: timedelta) -> timedelta:

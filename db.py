@@ -24,7 +24,7 @@ from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem
 logger = logging.getLogger("audit.db")
 
 # libpq and server parameters of every connection (PostgreSQL 15, sections 34.1.2 and 20.11).
-_CONNECT_ARGS = {
+CONNECT_ARGS = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 2,
@@ -44,7 +44,7 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         # pre_ping: after a restart of the database the pool notices before a request does.
-        self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=_CONNECT_ARGS)
+        self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=CONNECT_ARGS)
         self._schema_seen_ready = False
 
     @contextmanager
@@ -61,6 +61,12 @@ class Database:
             except (OperationalError, InterfaceError) as error:
                 logger.error("connection lost during a commit: %s", type(error.orig).__name__)
                 raise OutcomeUnknown() from None
+
+    def require_schema(self) -> None:
+        """Raise SchemaNotReady while a migration is missing; asks the database until it has seen them all."""
+        if not self._schema_seen_ready:
+            with self._translate_errors(), self.engine.connect() as connection:
+                self._require_schema(connection)
 
     def check_ready(self) -> str:
         """The schema's revision; raises what transaction() raises, also where the database is read-only."""
@@ -102,7 +108,7 @@ class Database:
             self._require_schema(connection)
         positional, named = self.engine.dialect.create_connect_args(self.url)
         try:
-            dedicated: psycopg2.extensions.connection = psycopg2.connect(*positional, **{**named, **_CONNECT_ARGS})
+            dedicated: psycopg2.extensions.connection = psycopg2.connect(*positional, **{**named, **CONNECT_ARGS})
         except psycopg2.Error as error:
             raise problem_of(error) from None
         dedicated.autocommit = True

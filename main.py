@@ -15,6 +15,7 @@ from config import Settings, load_settings
 from db import open_database
 from housekeeping import keep_house
 from ingest import Writer
+from reader import Reader
 from routes import events, holds, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
@@ -45,6 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if app.state.settings.run_migrations:
                 migrations.upgrade(database.url)
             app.state.database = database
+            app.state.reader = Reader(database, database.url, app.state.settings.query_timeout)
             app.state.writer = Writer(database)
             housekeeping = asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))
             try:
@@ -52,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             finally:
                 housekeeping.cancel()
                 await app.state.writer.stop()
+                app.state.reader.close()
 
     app = AuditService(
         title="Audit service",

@@ -18,6 +18,7 @@ Problem
 └── Unavailable                503, with Retry-After
     ├── DatabaseUnavailable    503
     ├── SchemaNotReady         503
+    ├── QueryTimeout           503
     ├── QueueFull              503
     ├── ShuttingDown           503
     └── OutcomeUnknown         503
@@ -152,6 +153,12 @@ class SchemaNotReady(Unavailable):
 
     code, title = "schema-not-ready", "Schema not ready"
     headers: Mapping[str, str] = {"Retry-After": "5"}
+
+
+class QueryTimeout(Unavailable):
+    """The query took longer than QUERY_TIMEOUT. Narrow it: start and end, an actor, an event type."""
+
+    code, title = "query-timeout", "Query timeout"
 
 
 class QueueFull(Unavailable):

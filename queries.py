@@ -1,35 +1,76 @@
-"""All reads of audit_events: one event, and pages of events by filter.
+"""What a filter means in SQL, for every read that takes one; and one event by its id."""
 
-Pages are keyset pages over (timestamp, id): page 1,000 costs what page 1 costs.
-"""
-
-import base64
-import binascii
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Row, Text, bindparam, cast, func, or_, select
+from sqlalchemy.dialects.postgresql import INET, JSONB
 
 from db import Database
+from lines import EVENT_JSON
 from models import audit_events
-from problems import EventNotFound, InvalidCursor
+from problems import EventNotFound
+from reader import DIALECT, Reader
 from schemas import EventFilter
+from seals import recorded_condition, recorded_values
 
-_CURSOR_VERSION = 1
+PATTERN_FIELDS = ("actor", "event_type")
+_EXACT_FIELDS = ("tenant", "resource", "outcome", "source", "trace_id")
+_VALUE_FIELDS = (*_EXACT_FIELDS, "start", "end", "source_ip")
 
 _columns = audit_events.c
 
 
-@dataclass(frozen=True)
-class Page:
-    """Rows of audit_events, newest first, and the cursor of the next page, if there is one."""
+def conditions(wanted: EventFilter, columns: Any = _columns) -> list[ColumnElement[bool]]:
+    """What an event has to meet; all of them hold together. `columns`: of audit_events, or of a subquery of it.
 
-    events: Sequence[Row[Any]]
-    next_cursor: str | None
+    Each value is a parameter of the name that values_of() has for it, so filters of one shape make one statement.
+    """
+    values = values_of(wanted)
+    found = [columns[name] == bindparam(name, values[name]) for name in _EXACT_FIELDS if name in values]
+    found += [_matches(columns[name], name, values) for name in PATTERN_FIELDS if getattr(wanted, name)]
+    found += time_conditions(wanted, columns)
+    if "source_ip" in values:
+        network = cast(bindparam("source_ip", values["source_ip"]), INET)
+        found.append(columns.source_ip.op("<<=", is_comparison=True)(network))
+    if "metadata" in values:
+        found.append(columns.metadata.contains(cast(bindparam("metadata", values["metadata"], Text), JSONB)))
+    return found
+
+
+def time_conditions(wanted: EventFilter, columns: Any = _columns) -> list[ColumnElement[bool]]:
+    """The filter's time range alone; start is in it, end is not."""
+    found = [columns.timestamp >= bindparam("start", wanted.start)] if wanted.start is not None else []
+    return found + ([columns.timestamp < bindparam("end", wanted.end)] if wanted.end is not None else [])
+
+
+def values_of(wanted: EventFilter) -> dict[str, Any]:
+    """The filter's values as the driver takes them, by the names of their parameters."""
+    values = {name: value for name in _VALUE_FIELDS if (value := getattr(wanted, name)) is not None}
+    if wanted.metadata is not None:
+        values["metadata"] = json.dumps(wanted.metadata)
+    for name in PATTERN_FIELDS:
+        patterns = getattr(wanted, name)
+        if exact := [pattern for pattern in patterns if not is_prefix(pattern)]:
+            values[name] = exact
+        prefixes = [pattern[:-1] for pattern in patterns if is_prefix(pattern)]
+        values |= {f"{name}_prefix_{index}": prefix for index, prefix in enumerate(prefixes)}
+    return values
+
+
+def is_prefix(pattern: str) -> bool:
+    """Whether the pattern of an actor or event type stands for all that begin like it."""
+    return pattern.endswith("*")
+
+
+def _matches(column: ColumnElement[str], field: str, values: Mapping[str, Any]) -> ColumnElement[bool]:
+    """starts_with() takes its argument literally, where LIKE would need escapes."""
+    any_of = [column == func.any(bindparam(field, values[field]))] if field in values else []
+    prefixes: list[ColumnElement[str]] = [
+        bindparam(name, values[name]) for name in values if name.startswith(f"{field}_prefix_")
+    ]
+    return or_(*any_of, *(func.starts_with(column, prefix) for prefix in prefixes))
 
 
 def get_event(connection: Connection, event_id: int) -> Row[Any]:
@@ -46,57 +87,15 @@ def find_event(database: Database, event_id: int) -> Row[Any]:
         return get_event(connection, event_id)
 
 
-def list_events(connection: Connection, wanted: EventFilter) -> Page:
-    """A page of events, newest first.
-
-    Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id, audit_events_timestamp_id.
-    """
-    newest_first = (_columns.timestamp.desc(), _columns.id.desc())
-    statement = select(audit_events).where(*_conditions(wanted)).order_by(*newest_first).limit(wanted.limit + 1)
-    rows = connection.execute(statement).all()
-    events = rows[: wanted.limit]
-    more = len(rows) > len(events)
-    return Page(events, _encode_cursor(wanted, events[-1]) if more else None)
+# Index: audit_events_pkey, of the one sealed partition that may have the id, and of those that are not sealed.
+_EVENT = select(EVENT_JSON).where(_columns.id == bindparam("id"), recorded_condition(_columns.recorded_at))
+_EVENT_SQL = str(_EVENT.select_from(audit_events).compile(dialect=DIALECT))
 
 
-def _conditions(wanted: EventFilter) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if wanted.actor is not None:
-        conditions.append(_columns.actor == wanted.actor)
-    if wanted.event_type is not None:
-        conditions.append(_columns.event_type == wanted.event_type)
-    if wanted.start is not None:
-        conditions.append(_columns.timestamp >= wanted.start)
-    if wanted.end is not None:
-        conditions.append(_columns.timestamp < wanted.end)
-    if wanted.cursor is not None:
-        conditions.append(tuple_(_columns.timestamp, _columns.id) < _decode_cursor(wanted))
-    return conditions
-
-
-def _encode_cursor(wanted: EventFilter, last: Row[Any]) -> str:
-    content = [_CURSOR_VERSION, _fingerprint(wanted), last.timestamp.isoformat(), last.id]
-    return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
-
-
-def _decode_cursor(wanted: EventFilter) -> tuple[datetime, int]:
-    """The (timestamp, id) after which the page begins; raises InvalidCursor."""
-    cursor = wanted.cursor or ""
-    try:
-        version, fingerprint, timestamp, event_id = json.loads(
-            base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        )
-        position = datetime.fromisoformat(timestamp), int(event_id)
-    except (binascii.Error, ValueError, TypeError):
-        raise InvalidCursor() from None
-    if version != _CURSOR_VERSION or position[0].tzinfo is None or not 0 <= position[1] < 2**63:
-        raise InvalidCursor()
-    if fingerprint != _fingerprint(wanted):
-        raise InvalidCursor("This cursor belongs to other filters: a cursor continues the query that gave it.")
-    return position
-
-
-def _fingerprint(wanted: EventFilter) -> str:
-    """The same for the same filters, whatever the page and its size."""
-    filters = wanted.model_dump_json(exclude={"cursor", "limit"})
-    return hashlib.sha256(filters.encode()).hexdigest()[:16]
+def read_event(reader: Reader, event_id: int) -> str:
+    """The event with this id, as JSON; raises EventNotFound."""
+    values = recorded_values(reader.seals(), lambda seal: seal.first_id <= event_id <= seal.last_id)
+    rows = reader.walk(_EVENT_SQL, {"id": event_id, **values})
+    if not rows:
+        raise EventNotFound(f"There is no event with the id {event_id}.")
+    return str(rows[0][0])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Json,
     PlainSerializer,
     StringConstraints,
     TypeAdapter,
@@ -31,6 +33,7 @@ from problems import InvalidFields, MalformedBody, field_errors
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
 MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
+MAX_PATTERNS = 100  # actors, or event types, in one filter
 MAX_ERRORS = 100  # a batch of 10,000 wrong events needs no answer of megabytes
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -86,6 +89,41 @@ def _normalise_ip(text: str) -> str:
     return str(address)
 
 
+def _normalise_network(text: str) -> str:
+    """An address, or a network in CIDR notation, as PostgreSQL's inet reads it."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("must be an IPv4 or IPv6 address, or a network like 10.0.0.0/8") from None
+    if "%" in text:
+        raise ValueError("must not carry a zone, which means nothing outside its host")
+    if "/" in text and ipaddress.ip_interface(text).ip != network.network_address:
+        raise ValueError(f"has bits set beyond its prefix length: either an address, or the network {network}")
+    return str(network)
+
+
+def _check_pattern(text: str) -> str:
+    """A trailing * stands for any end; * alone would be no filter at all."""
+    if text == "*":
+        raise ValueError("must have at least one character before the *")
+    if len(text) > 255 and not text.endswith("*"):
+        raise ValueError("must have at most 255 characters")
+    return text
+
+
+def _without_repetition(values: list[str]) -> list[str]:
+    return sorted(set(values))
+
+
+def _check_time_zone(name: str) -> str:
+    """One of the IANA database: PostgreSQL would take UTC+3 too, and mean three hours west."""
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("must be the IANA name of a time zone, like Europe/Berlin") from None
+    return name
+
+
 def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     _check_json(metadata, MAX_METADATA_DEPTH)
     return metadata
@@ -116,6 +154,13 @@ TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\z")]
 IpAddress = Annotated[str, AfterValidator(_normalise_ip)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Outcome = Literal["success", "failure", "denied", "unknown"]
+IpNetwork = Annotated[str, AfterValidator(_normalise_network)]
+Pattern = Annotated[
+    str, StringConstraints(min_length=1, max_length=256), AfterValidator(_refuse_nul), AfterValidator(_check_pattern)
+]
+Patterns = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS), AfterValidator(_without_repetition)]
+Interval = Literal["minute", "hour", "day", "week", "month"]
+TimeZone = Annotated[str, StringConstraints(max_length=64), AfterValidator(_check_time_zone)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_parse_timestamp)]
 TimestampOut = Annotated[datetime, PlainSerializer(format_timestamp, when_used="json")]
 
@@ -172,31 +217,96 @@ PUBLIC_FIELDS = tuple(Event.model_fields)
 
 
 class EventPage(BaseModel):
-    """Events, newest first, and where the next page begins."""
+    """Events in the order asked for, and where the next page begins."""
 
     events: list[Event]
     next_cursor: str | None = Field(description="Send it as `cursor` for the next page; null on the last")
 
 
 class EventFilter(BaseModel):
-    """Which events to list. All conditions hold together."""
+    """Which events. All conditions hold together; of several actors, or event types, any."""
 
     model_config = ConfigDict(extra="forbid")
 
-    actor: Text255 | None = None
-    event_type: Text255 | None = None
+    actor: Patterns = Field([], description="Repeatable: any of them. A trailing `*` makes a prefix of it: `user.*`")
+    event_type: Patterns = Field([], description="Repeatable: any of them. A trailing `*` makes a prefix of it")
     start: Timestamp | None = Field(None, description="The earliest timestamp, inclusive")
     end: Timestamp | None = Field(None, description="The latest timestamp, exclusive")
-    limit: int = Field(100, ge=1, le=1000)
-    cursor: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
-        None, description="`next_cursor` of the page before, with the same filters"
-    )
+    tenant: Text255 | None = None
+    resource: Text1024 | None = None
+    outcome: Outcome | None = None
+    source: Text255 | None = None
+    source_ip: IpNetwork | None = Field(None, description="An address, or a network that contains it: `10.0.0.0/8`")
+    trace_id: TraceId | None = None
+    metadata: Json[Metadata] | None = Field(None, description="A JSON object that the event's metadata contains")
 
     @model_validator(mode="after")
     def _check_range(self) -> "EventFilter":
         if self.start is not None and self.end is not None and self.start >= self.end:
             raise ValueError("start must be earlier than end")
         return self
+
+
+class EventListing(EventFilter):
+    """Which events, and which page of them."""
+
+    limit: int = Field(100, ge=1, le=1000, description="How many events a page has at the most")
+    order: Literal["desc", "asc"] = Field("desc", description="Newest first, or oldest first, by timestamp and id")
+    cursor: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
+        None, description="`next_cursor` of the page before, with the same filters and order"
+    )
+
+
+class HistogramQuery(EventFilter):
+    """Which events, and how long each bucket is."""
+
+    interval: Interval = Field(description="How long each bucket is")
+    time_zone: TimeZone = Field("UTC", description="IANA name of the zone in which days begin: `Europe/Berlin`")
+
+
+class TopQuery(EventFilter):
+    """Which events, and which of their fields to count."""
+
+    field: Literal["actor", "event_type", "resource", "outcome", "source", "tenant"]
+    n: int = Field(10, ge=1, le=100, description="How many values at the most")
+
+
+class Count(BaseModel):
+    """How many events there are."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"count": 1234, "capped": False}]})
+
+    count: int
+    capped: bool = Field(description="Whether there are more: counting stops at COUNT_LIMIT")
+
+
+class Bucket(BaseModel):
+    """From its start to the next one's."""
+
+    start: TimestampOut
+    count: int
+
+
+class Histogram(BaseModel):
+    """Every bucket of the range, empty ones too, in order."""
+
+    interval: Interval
+    time_zone: str
+    buckets: list[Bucket]
+
+
+class ValueCount(BaseModel):
+    """A value and how many events have it."""
+
+    value: str
+    count: int
+
+
+class Top(BaseModel):
+    """The most frequent values, the most frequent first."""
+
+    field: str
+    values: list[ValueCount]
 
 
 class LegalHoldIn(BaseModel):

@@ -39,6 +39,7 @@ TEMPLATE = "audit_test_template"
 # Set and empty counts as not set, and a developer's .env cannot fill it.
 SCRUBBED = (
     "API_KEY",
+    "COUNT_LIMIT",
     "DATABASE_URL",
     "DATA_DIR",
     "DB_HOST",
@@ -53,6 +54,7 @@ SCRUBBED = (
     "LOG_WRITES",
     "MAX_CLOCK_SKEW",
     "PORT",
+    "QUERY_TIMEOUT",
     "RETENTION_DAYS",
     "RUN_MIGRATIONS",
     "WORKERS",

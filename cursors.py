@@ -1,0 +1,45 @@
+"""Cursors: opaque to clients, versioned, and bound to the filters and the order they were given with."""
+
+import base64
+import binascii
+import hashlib
+import json
+from datetime import UTC, datetime
+
+from problems import InvalidCursor
+from schemas import EventListing
+
+_VERSION = 1
+
+Position = tuple[datetime, int]  # timestamp and id of an event: where it stands in a listing
+
+
+def encode_cursor(wanted: EventListing, position: Position) -> str:
+    """The cursor of the page that begins after this event."""
+    timestamp, event_id = position
+    content = [_VERSION, _fingerprint(wanted), timestamp.astimezone(UTC).isoformat(), event_id]
+    return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
+
+
+def decode_cursor(wanted: EventListing) -> Position | None:
+    """The event after which the page begins; raises InvalidCursor."""
+    if wanted.cursor is None:
+        return None
+    try:
+        version, fingerprint, timestamp, event_id = json.loads(
+            base64.b64decode(wanted.cursor + "=" * (-len(wanted.cursor) % 4), altchars=b"-_", validate=True)
+        )
+        position = datetime.fromisoformat(timestamp), int(event_id)
+    except (binascii.Error, ValueError, TypeError):
+        raise InvalidCursor() from None
+    if version != _VERSION or position[0].tzinfo is None or not 0 <= position[1] < 2**63:
+        raise InvalidCursor()
+    if fingerprint != _fingerprint(wanted):
+        raise InvalidCursor("This cursor belongs to other filters: a cursor continues the query that gave it.")
+    return position
+
+
+def _fingerprint(wanted: EventListing) -> str:
+    """The same for the same filters and order, whatever the page and its size."""
+    filters = wanted.model_dump_json(exclude={"cursor", "limit"})
+    return hashlib.sha256(filters.encode()).hexdigest()[:16]

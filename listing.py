@@ -1,0 +1,230 @@
+"""Pages of events by filter: keyset pages over (timestamp, id), so page 10,000 costs what page 1 costs.
+
+A page is a walk: an index that has the order is read from the cursor on until the page is full. Where another
+index could find a rare value sooner, the walk looks at so many events at the most; if the page is not full by
+then, the rest is searched for, in one stretch of time after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, Literal
+
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    FromClause,
+    Row,
+    Select,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import array
+
+from cursors import Position, decode_cursor, encode_cursor
+from lines import EVENT_JSON
+from models import audit_events
+from queries import PATTERN_FIELDS, conditions, is_prefix, time_conditions, values_of
+from reader import DIALECT, Reader
+from schemas import EventFilter, EventListing
+from seals import Seal, recorded_condition, recorded_values
+
+WALKED_EVENTS = 5_000  # takes 4 ms
+DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less
+_FIRST_STRETCH = timedelta(days=30)
+_SHORTEST_STRETCH = timedelta(minutes=1)
+_AFTER: Position = (datetime.max, 0)  # any: a statement's text has parameters, not values
+_EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+
+_columns = audit_events.c
+
+
+@dataclass(frozen=True)
+class Page:
+    """Events as JSON objects in the order asked for, and the cursor of the next page, if there is one."""
+
+    events: Sequence[str]
+    next_cursor: str | None
+
+
+def list_events(reader: Reader, wanted: EventListing) -> Page:
+    """A page of events, newest first unless oldest first is asked for; raises InvalidCursor."""
+    rows = _read(reader, wanted, decode_cursor(wanted))
+    events = rows[: wanted.limit]
+    more = len(rows) > len(events)
+    next_cursor = encode_cursor(wanted, (events[-1].timestamp, events[-1].id)) if more else None
+    return Page([row.json for row in events], next_cursor)
+
+
+def find_edge(reader: Reader, wanted: EventFilter, order: Literal["asc", "desc"]) -> datetime | None:
+    """The timestamp of the earliest (asc) or latest (desc) of the events, if there is any."""
+    listing = EventListing.model_construct(**dict(wanted), limit=1, order=order)
+    rows = _read(reader, listing, None)
+    return rows[0].timestamp if rows else None
+
+
+def _read(reader: Reader, wanted: EventListing, after: Position | None) -> Sequence[Row[Any]]:
+    """The events of the page, and one more where there is one."""
+    is_bounded = can_search(wanted)
+    rows = _walk(reader, wanted, after, is_bounded)
+    return _search(reader, wanted, after) if is_bounded and len(rows) <= wanted.limit else rows
+
+
+def _walked_field(wanted: EventListing) -> str | None:
+    """The field whose index has the order, for each of its values."""
+    for name in PATTERN_FIELDS:
+        patterns = getattr(wanted, name)
+        if patterns and not any(map(is_prefix, patterns)):
+            return name
+    return None
+
+
+def can_search(wanted: EventListing) -> bool:
+    """Whether an index other than the walked one selects by these filters."""
+    walked = _walked_field(wanted)
+    return wanted.metadata is not None or any(getattr(wanted, name) for name in PATTERN_FIELDS if name != walked)
+
+
+def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
+    """The page from an index in its order; bounded, it looks at no more than WALKED_EVENTS."""
+    return reader.walk(*walk_statement(wanted, after, is_bounded, reader.seals()))
+
+
+def walk_statement(
+    wanted: EventListing, after: Position | None, is_bounded: bool, seals: Sequence[Seal]
+) -> tuple[str, dict[str, Any]]:
+    """The SQL of a walk, and its parameters by name."""
+    values = values_of(wanted) | {"limit": wanted.limit + 1}
+    if wanted.start is not None or wanted.end is not None:
+        values |= recorded_values(seals, lambda seal: seal.meets(wanted.start, wanted.end))
+    if after is not None:
+        values |= {"after_timestamp": after[0], "after_id": after[1]}
+    if is_bounded:
+        walks = len(getattr(wanted, _walked_field(wanted) or "", "."))
+        values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1)}
+    return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What of a listing makes its statement, so that the next one of the same shape is spared the making."""
+
+    order: str
+    parameters: tuple[str, ...]
+    example: EventListing = field(compare=False)
+
+
+@lru_cache(maxsize=1000)
+def _walk_sql(shape: _Shape) -> str:
+    """The page from an index in its order.
+
+    Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id, else audit_events_timestamp_id.
+    Each value of the walked field has a walk of its own, and they are merged: one `= ANY` of all would lose the order.
+    """
+    wanted, is_bounded = shape.example, "most" in shape.parameters
+    after = _AFTER if "after_id" in shape.parameters else None
+    name = _walked_field(wanted)
+    if name is None:
+        events: FromClause = _walk_one(wanted, after, select(audit_events), (), is_bounded).subquery("event")
+        return str(_page(wanted, events).compile(dialect=DIALECT))
+    given = func.unnest(cast(bindparam(name), ARRAY(Text))).table_valued("value").render_derived("given")
+    # `= ANY` of one, and sorted by it: a plain `=` would let PostgreSQL read audit_events_timestamp_id and filter,
+    # which looks at everything where the value is rarer than it thinks.
+    walked = select(audit_events).where(_columns[name] == any_(array([given.c.value]))).correlate(given)
+    events = _walk_one(wanted.model_copy(update={name: []}), after, walked, (name,), is_bounded).lateral("event")
+    return str(_page(wanted, events, given).compile(dialect=DIALECT))
+
+
+def _walk_one(
+    wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
+) -> Select[Any]:
+    """The first events that meet all conditions; bounded, among the first `most` of the walked ones."""
+    in_range = time_conditions(wanted)
+    if in_range:
+        in_range.append(recorded_condition(_columns.recorded_at))
+    walked = walked.where(*_beyond(wanted, after), *in_range)
+    if not is_bounded:
+        return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
+    looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")
+    return _in_order(wanted, select(looked_at).where(*conditions(wanted, looked_at.c)), looked_at.c, sorted_by)
+
+
+def _page(wanted: EventListing, events: FromClause, *others: Any) -> Select[Any]:
+    """What a page needs of these events."""
+    columns = events.c.timestamp, events.c.id, EVENT_JSON.label("json")
+    return _in_order(wanted, select(*columns).select_from(*others, events), events.c)
+
+
+def _in_order(
+    wanted: EventListing, statement: Select[Any], columns: Any, sorted_by: tuple[str, ...] = ()
+) -> Select[Any]:
+    """Sorted as asked for, with one event more than the page holds, which tells whether there is a next one.
+
+    Before that by the columns that an index begins with. They ascend where timestamp and id descend.
+    """
+    is_newest_first = wanted.order == "desc"
+    leading = [columns[name].asc() if is_newest_first else columns[name].desc() for name in sorted_by]
+    key = [column.desc() if is_newest_first else column.asc() for column in (columns.timestamp, columns.id)]
+    return statement.order_by(*leading, *key).limit(bindparam("limit", wanted.limit + 1))
+
+
+def _beyond(wanted: EventListing, after: Position | None) -> list[ColumnElement[bool]]:
+    if after is None:
+        return []
+    key = tuple_(_columns.timestamp, _columns.id)
+    position = tuple_(bindparam("after_timestamp", after[0]), bindparam("after_id", after[1]))
+    return [key < position if wanted.order == "desc" else key > position]
+
+
+def _search(reader: Reader, wanted: EventListing, after: Position | None) -> list[Row[Any]]:
+    """The page, where its events are rare: stretch by stretch of time, each twice as long as the one before.
+
+    A stretch that holds very many after all is tried again in shorter ones, and walked where it gets too short.
+    """
+    found: list[Row[Any]] = []
+    length, remaining = _FIRST_STRETCH, wanted
+    while len(found) <= wanted.limit and (nearest := reader.search(_nearest(remaining, after))):
+        stretch, behind = _split(remaining, nearest[0].timestamp, length)
+        rows = reader.search(_find(stretch, after))
+        if rows and rows[0].matches > DENSE_EVENTS:
+            if length > _SHORTEST_STRETCH:
+                length /= 8
+                continue
+            rows = list(_walk(reader, stretch, after, is_bounded=False))
+        found += rows
+        length, remaining = length * 2, behind
+    return found[: wanted.limit + 1]
+
+
+def _nearest(wanted: EventListing, after: Position | None) -> Select[Any]:
+    """Where to go on: no stretch of time is searched that is empty. Index: audit_events_timestamp_id."""
+    statement = select(_columns.timestamp).where(*_beyond(wanted, after), *time_conditions(wanted))
+    return _in_order(wanted, statement, _columns).limit(1)
+
+
+def _split(wanted: EventListing, nearest: datetime, length: timedelta) -> tuple[EventListing, EventListing]:
+    """The stretch that begins at the nearest event, and what lies behind it."""
+    if wanted.order == "asc":
+        cut = nearest + min(length, _LATEST - nearest)
+        cut = min(cut, wanted.end or cut)
+        return wanted.model_copy(update={"end": cut}), wanted.model_copy(update={"start": cut})
+    cut = nearest - min(length, nearest - _EARLIEST)
+    cut = max(cut, wanted.start or cut)
+    return wanted.model_copy(update={"start": cut}), wanted.model_copy(update={"end": cut})
+
+
+def _find(stretch: EventListing, after: Position | None) -> Select[Any]:
+    """The page from this stretch, and how many events it was chosen from, DENSE_EVENTS + 1 at the most.
+
+    The inner limit keeps PostgreSQL from walking for the order. Indexes: whichever selects best,
+    audit_events_metadata among them.
+    """
+    matching = select(audit_events).where(*_beyond(stretch, after), *conditions(stretch)).limit(DENSE_EVENTS + 1)
+    events = matching.subquery("event")
+    return _page(stretch, events).add_columns(func.count().over().label("matches"))

@@ -1,0 +1,146 @@
+"""Reads: one statement each, in autocommit, read-only, on connections that no write waits for.
+
+There are two kinds, each with a pool of its own, so that slow searches leave the pages alone.
+
+A walk reads an index in its order and stops when it has enough. It is prepared, once a connection, and planned
+without its values and without sorts and bitmaps: which plan it has never depends on statistics (seals.py tells how
+it leaves partitions out all the same).
+A search is planned for its values, so that PostgreSQL weighs its indexes and leaves sealed partitions out.
+"""
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import psycopg2
+from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, create_engine, event
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from db import CONNECT_ARGS, Database, problem_of
+from problems import DatabaseUnavailable, InternalError, InvalidFields, Problem, QueryTimeout
+from seals import SEALS, Seal, sealed_months
+
+DIALECT = postgresql.psycopg2.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
+SEALS_MAX_AGE_S = 60.0
+MAX_PREPARED = 50  # statements a connection; 26 partitions make a plan of about 200 kB
+
+_POOL_SIZE = 8
+# jit: compiling a plan over many partitions takes longer than running it.
+_READ_OPTIONS = "-c default_transaction_read_only=on -c jit=off"
+WALK_OPTIONS = "-c plan_cache_mode=force_generic_plan" + "".join(
+    f" -c enable_{node}=off" for node in ("seqscan", "bitmapscan", "sort", "incremental_sort")
+)
+_QUERY_CANCELED, _INVALID_PARAMETER_VALUE = "57014", "22023"
+_numbers = itertools.count(1)
+_PARAMETER = re.compile(r"%\((\w+)\)s|%%")
+
+
+class Reader:
+    """Answers single statements from one database, the writes' own or a replica of it."""
+
+    def __init__(self, database: Database, url: URL, query_timeout: timedelta) -> None:
+        self._database = database
+        self._seals: Sequence[Seal] = []
+        self._seals_expire_at = 0.0
+        self._searches = _create_engine(url, query_timeout)
+        self._walks = _create_engine(url, query_timeout, WALK_OPTIONS)
+        event.listen(self._walks, "before_cursor_execute", _execute_prepared, retval=True)
+
+    def walk(self, sql: str, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """Rows by an ordered index; raises DatabaseUnavailable, SchemaNotReady or QueryTimeout."""
+        return self._ask(self._walks, lambda walks: walks.exec_driver_sql(sql, values))
+
+    def search(self, statement: Executable) -> Sequence[Row[Any]]:
+        """Rows by whatever plan suits the values; raises what walk() raises."""
+        return self._ask(self._searches, lambda searches: searches.execute(statement))
+
+    def seals(self) -> Sequence[Seal]:
+        """The seals of finished months, as they were in the last minute; raises what walk() raises."""
+        now = time.monotonic()
+        if now >= self._seals_expire_at:
+            self._seals = sealed_months(self.search(SEALS))
+            self._seals_expire_at = now + SEALS_MAX_AGE_S
+        return self._seals
+
+    def _ask(self, engine: Engine, execute: Callable[[Connection], CursorResult[Any]]) -> Sequence[Row[Any]]:
+        self._database.require_schema()
+        with _translated_errors():
+            try:
+                return _fetch(engine, execute)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            # The database was restarted since: SQLAlchemy has emptied the pool, and a read may be asked twice.
+            return _fetch(engine, execute)
+
+    def close(self) -> None:
+        self._walks.dispose()
+        self._searches.dispose()
+
+
+def _create_engine(url: URL, query_timeout: timedelta, options: str = "") -> Engine:
+    timeout_ms = int(query_timeout.total_seconds() * 1000)
+    options = f"{CONNECT_ARGS['options']} -c statement_timeout={timeout_ms} {_READ_OPTIONS} {options}"
+    return create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        pool_size=_POOL_SIZE,
+        max_overflow=0,
+        pool_timeout=5,
+        pool_reset_on_return=None,  # in autocommit nothing is left to roll back
+        connect_args={**CONNECT_ARGS, "options": options},
+    )
+
+
+def _fetch(engine: Engine, execute: Callable[[Connection], CursorResult[Any]]) -> Sequence[Row[Any]]:
+    with engine.connect() as connection:
+        return execute(connection).all()
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    try:
+        yield
+    except PoolTimeout:
+        raise DatabaseUnavailable("Every connection for reads is in use. Try again.") from None
+    except DBAPIError as error:
+        # `from None`: the driver's exception quotes statement and parameters.
+        if not isinstance(error.orig, psycopg2.Error):
+            raise InternalError() from None
+        raise _problem_of(error.orig) from None
+
+
+def _problem_of(error: psycopg2.Error) -> Problem:
+    if error.pgcode == _QUERY_CANCELED:
+        return QueryTimeout()
+    if error.pgcode == _INVALID_PARAMETER_VALUE:  # a time zone that Python knows and this PostgreSQL does not
+        return InvalidFields(error.diag.message_primary)
+    return problem_of(error)
+
+
+def _execute_prepared(
+    connection: Any, cursor: Any, statement: str, parameters: Any, context: object, executemany: bool
+) -> tuple[str, Any]:
+    """SQLAlchemy's hook before each statement: PREPARE it where this connection has not yet, and EXECUTE it.
+
+    The statements that were used last are kept, for a plan takes memory and filters make many statements.
+    """
+    known: dict[str, str] = connection.info.setdefault("prepared", {})
+    name = known.pop(statement, None)
+    names = list(dict.fromkeys(filter(None, _PARAMETER.findall(statement))))
+    if name is None:
+        if len(known) >= MAX_PREPARED:
+            cursor.execute(f"DEALLOCATE {known.pop(next(iter(known)))}")
+        name = f"walk_{next(_numbers)}"
+        numbers = {parameter: f"${number}" for number, parameter in enumerate(names, 1)}
+        cursor.execute(f"PREPARE {name} AS {_PARAMETER.sub(lambda m: numbers[m[1]] if m[1] else '%', statement)}")
+    known[statement] = name
+    values = ", ".join(f"%({parameter})s" for parameter in names)
+    return f"EXECUTE {name} ({values})" if names else f"EXECUTE {name}", parameters

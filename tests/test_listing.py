@@ -1,0 +1,107 @@
+"""Pages: each event once, in order, whatever arrives meanwhile; and cursors that continue their own query only."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from test_queries import list_all, post_all, short_walks
+
+OLDEST = datetime(2026, 1, 1, tzinfo=UTC)
+TYPES = ("login", "order.create", "order.delete")
+
+
+def event(number: int, moment: datetime) -> dict[str, Any]:
+    return {
+        "event_type": TYPES[number % 3],
+        "actor": f"user.{number % 4}",
+        "timestamp": moment.isoformat(),
+        "metadata": {"even": number % 2 == 0},
+    }
+
+
+def fill(client: httpx.Client, count: int = 60) -> list[dict[str, Any]]:
+    """Three events an instant, so that pages end within one."""
+    return post_all(client, [event(number, OLDEST + timedelta(hours=number // 3)) for number in range(count)])
+
+
+@pytest.mark.parametrize("way", [nullcontext, short_walks], ids=["walks", "searches"])
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"actor": ["user.1", "user.2"]}, {"event_type": "order.*"}, {"actor": "user.1", "event_type": "login"}],
+    ids=["all", "any of", "prefix", "both"],
+)
+def test_events_that_arrive_between_pages_neither_repeat_nor_hide_any(
+    client: httpx.Client, filters: dict[str, Any], order: str, way: Callable[[], AbstractContextManager[None]]
+) -> None:
+    fill(client)
+    query = {**filters, "order": order, "limit": 4}
+    there_before = [found["id"] for found in list_all(client, query)]
+    with way():
+        page = client.get("/events", params=query)
+        seen = [found["id"] for found in page.json()["events"]]
+        for hour in range(20):
+            late, now = OLDEST + timedelta(hours=hour), OLDEST + timedelta(hours=20)
+            arriving = [event(kind, moment) for kind in range(12) for moment in (late, now)]
+            assert client.post("/events/batch", json=arriving).status_code == 201
+            if "next" in page.links:
+                page = client.get(page.links["next"]["url"])
+                seen += [found["id"] for found in page.json()["events"]]
+        while "next" in page.links:
+            page = client.get(page.links["next"]["url"])
+            seen += [found["id"] for found in page.json()["events"]]
+    assert len(seen) == len(set(seen))
+    assert [event_id for event_id in seen if event_id in there_before] == there_before
+
+
+def test_the_last_page_has_no_next_even_where_it_is_full(client: httpx.Client) -> None:
+    fill(client, 6)
+    first = client.get("/events", params={"limit": 3})
+    second = client.get(first.links["next"]["url"])
+    assert (len(second.json()["events"]), second.json()["next_cursor"]) == (3, None)
+    assert "next" not in second.links
+
+
+def test_the_link_keeps_filters_and_order(client: httpx.Client) -> None:
+    fill(client)
+    query: dict[str, Any] = {"actor": ["user.1", "user.2"], "order": "asc", "metadata": '{"even": true}', "limit": 2}
+    url = httpx.URL(client.get("/events", params=query).links["next"]["url"])
+    assert url.path == "/events"
+    assert url.params.get_list("actor") == ["user.1", "user.2"]
+    assert (url.params["order"], url.params["metadata"], url.params["limit"]) == ("asc", '{"even": true}', "2")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": "asc"},
+        {"actor": "user.2"},
+        {"actor": ["user.1", "user.2"]},
+        {"event_type": "login"},
+        {"tenant": "acme"},
+        {"metadata": "{}"},
+        {"source_ip": "::/0"},
+        {"end": "2027-01-01T00:00:00Z"},
+    ],
+)
+def test_a_cursor_continues_its_own_query_only(client: httpx.Client, changes: dict[str, Any]) -> None:
+    fill(client)
+    query: dict[str, Any] = {"actor": "user.1", "limit": 2}
+    cursor = client.get("/events", params=query).json()["next_cursor"]
+    response = client.get("/events", params={**query, "cursor": cursor, **changes})
+    assert response.status_code == 400
+    assert response.json()["type"] == "urn:audit:problem:invalid-cursor"
+    assert "other filters" in response.json()["detail"]
+
+
+def test_a_cursor_fits_the_same_filters_said_otherwise_and_any_limit(client: httpx.Client) -> None:
+    known = [found["id"] for found in fill(client) if found["actor"] in ("user.1", "user.2")]
+    query: dict[str, Any] = {"actor": ["user.2", "user.1"], "source_ip": "10.0.0.0/8"}
+    assert list_all(client, query) == []
+    query = {"actor": ["user.2", "user.1"], "start": "2026-01-01T01:00:00+01:00", "limit": 2}
+    cursor = client.get("/events", params=query).json()["next_cursor"]
+    same = {"actor": ["user.1", "user.2", "user.1"], "start": "2026-01-01T00:00:00Z", "limit": 1000, "cursor": cursor}
+    assert [found["id"] for found in client.get("/events", params=same).json()["events"]] == known[2:]
