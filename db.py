@@ -34,7 +34,7 @@ CONNECT_ARGS = {
     "options": "-c timezone=UTC -c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=5s",
 }
 
-_UNDEFINED_TABLE, _UNDEFINED_COLUMN, _READ_ONLY = "42P01", "42703", "25006"
+_UNDEFINED_TABLE, _UNDEFINED_COLUMN, _UNDEFINED_FUNCTION, _READ_ONLY = "42P01", "42703", "42883", "25006"
 _READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
 
@@ -147,7 +147,7 @@ def problem_of(error: psycopg2.Error) -> Problem:
     """What the caller is told; the log gets PostgreSQL's own sentence, never the values it was about."""
     said = error.diag.message_primary or str(error).partition("\n")[0]
     logger.warning("PostgreSQL: %s", said, extra={"fields": {"sqlstate": error.pgcode}})
-    if error.pgcode in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
+    if error.pgcode in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN, _UNDEFINED_FUNCTION):
         return SchemaNotReady()
     if error.pgcode == _READ_ONLY:
         return DatabaseUnavailable(_READ_ONLY_DETAIL)
