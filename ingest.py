@@ -8,6 +8,7 @@ connection; the event loop owns the totals; the deque between them is appended t
 import asyncio
 import copy
 import logging
+import select
 import threading
 import time
 from collections import deque
@@ -153,6 +154,8 @@ class Writer:
         """One result for each submission, whatever happens: nobody waits for ever."""
         try:
             return self._flush_piece(piece)
+        except Problem as problem:
+            return [problem] * len(piece)
         except Exception:
             logger.exception("a flush failed in an unforeseen way")
             self._disconnect()
@@ -161,19 +164,16 @@ class Writer:
     def _flush_piece(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
         """What PostgreSQL refuses fails alone: the piece is halved around it."""
         try:
-            self._require_connection()
             return self._append(piece)
-        except Problem as problem:
-            return [problem] * len(piece)
         except psycopg2.Error as error:
             if _is_lost(error):
                 return self._resolve(piece)
             if _lacks_partition(error):
                 partitions.create_coming_months(self._database)
             elif is_outage(error) or len(piece) == 1:
-                return [problem_of(error)] * len(piece)
+                raise problem_of(error) from None
             middle = (len(piece) + 1) // 2
-            return [*self._flush_piece(piece[:middle]), *(self._flush_piece(piece[middle:]) if piece[middle:] else [])]
+            return [*self._settle(piece[:middle]), *(self._settle(piece[middle:]) if piece[middle:] else [])]
 
     def _append(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
         submissions = [waiting.submission for waiting in piece]
@@ -212,6 +212,8 @@ class Writer:
 
     def _require_connection(self) -> Connection:
         """A connection that answered within the last second; raises Problem before anything is sent."""
+        if self._connection is not None and _has_ended(self._connection):
+            self._disconnect()
         if self._connection is not None and time.monotonic() - self._heard_at > _IDLE_S:
             try:
                 self._hear(self._connection)
@@ -243,9 +245,17 @@ class Writer:
         self._connection = None
 
 
+def _has_ended(connection: Connection) -> bool:
+    """Whether the server has closed it: nothing else is there to read while nothing was asked."""
+    return bool(connection.closed or select.select([connection], [], [], 0)[0])
+
+
 def _is_lost(error: psycopg2.Error) -> bool:
-    """Whether nobody knows if the statement was carried out: PostgreSQL did not get to say that it was not."""
-    if isinstance(error, psycopg2.errors.AdminShutdown | psycopg2.errors.CrashShutdown):
+    """Whether nobody knows if the statement was carried out: PostgreSQL did not get to say that it was not.
+
+    A crash shutdown may interrupt a commit that is durable already; an administrator's cannot.
+    """
+    if isinstance(error, psycopg2.errors.CrashShutdown):
         return True
     return error.pgcode is None and is_outage(error)
 
