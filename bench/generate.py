@@ -24,6 +24,8 @@ from psycopg2.extensions import connection as Connection
 from sqlalchemy.engine import URL, make_url
 
 from bench import events
+from db import Database
+from partitions import seal_finished_months
 
 COPY_ROWS = 20_000  # rows made at a time: 8 MB of text
 LOADERS = 2  # while one has the indexes of its month built, the other makes and copies rows
@@ -87,7 +89,9 @@ def fill(url: URL, rows: int, months: int = 24, seed: int = 1, until: datetime |
         with ThreadPoolExecutor(LOADERS) as loaders:
             list(loaders.map(lambda month: _load(url, month, seed, progress), plan))
         _finish(connection, rows, until)
-        progress.finish()
+    with closing(Database(url)) as database:
+        list(seal_finished_months(database))
+    progress.finish()
 
 
 def plan_months(rows: int, months: int, until: datetime) -> list[Month]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -74,7 +75,8 @@ class Server:
 
 
 def template_name(rows: int, months: int) -> str:
-    return f"events_{rows}_in_{months}_months"
+    """Named for its last month too: in the next one, another partition is written to."""
+    return f"events_{rows}_in_{months}_months_to_{datetime.now(UTC):%Y_%m}"
 
 
 def connect(url: URL) -> Connection:
@@ -88,6 +90,7 @@ def running_server(templates: Mapping[str, tuple[int, int]]) -> Iterator[Server]
     data_dir = DATA_DIR / "postgres"
     with _alone():
         with _started(data_dir, _FILLING_SETTINGS) as server:
+            _drop_templates_of_other_months(server)
             for name, (rows, months) in templates.items():
                 _make_template(server, name, rows, months)
         with _started(data_dir, SERVER_SETTINGS) as server:
@@ -113,6 +116,13 @@ def _started(data_dir: Path, settings: Mapping[str, str]) -> Iterator[Server]:
         yield Server(cluster)
     finally:
         cluster.stop()
+
+
+def _drop_templates_of_other_months(server: Server) -> None:
+    pattern = template_name(0, 0).replace("0_in_0", "%_in_%")
+    names = "SELECT datname FROM pg_database WHERE datname LIKE 'events_%%' AND datname NOT LIKE %s"
+    for (name,) in server.execute("postgres", names, pattern):
+        server.execute("postgres", f"DROP DATABASE {name}")
 
 
 def _make_template(server: Server, name: str, rows: int, months: int) -> None:

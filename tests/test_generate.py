@@ -10,7 +10,7 @@ from verify import assert_ledger_consistent
 
 from bench.generate import fill, plan_months, row_texts
 from db import Database
-from partitions import create_coming_months
+from partitions import create_coming_months, seal_finished_months
 
 NOW = datetime.now(UTC)
 DEFINITION = (
@@ -51,6 +51,7 @@ def test_a_filled_month_is_like_one_that_the_service_creates(database_url: URL) 
     execute(database_url, f"DROP TABLE {created}")
     database = Database(database_url)
     assert create_coming_months(database) == [created]
+    assert list(seal_finished_months(database)) == []  # what is over is sealed already
     database.close()
     assert execute(database_url, DEFINITION.format(filled)) == execute(database_url, DEFINITION.format(created))
 
