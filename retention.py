@@ -12,12 +12,14 @@ from sqlalchemy import Connection, text
 
 import partitions
 from db import Database
-from ledger import TILE_WIDTH, format_timestamp
+from ledger import format_timestamp
 from partitions import Partition
 from records import SERVICE, record
 from schemas import EventIn
 
-# The flush reads the events of the tile under way again, so the newest ones stay, however old. Index: the primary key.
+_NEWEST_KEPT = 256  # events, however old: the flush reads those of the tile under way again
+
+# Index: the partition's primary key.
 _IS_BEHIND_THE_NEWEST = """
     SELECT coalesce(max(id) + :newest < (SELECT first_id + size FROM ledger_head), true) FROM {partition}
 """
@@ -69,7 +71,7 @@ def _is_expired(connection: Connection, partition: Partition, keep_for: timedelt
     if keep_for is None or not partition.is_sealed or partition.upper_bound > now - keep_for:
         return False
     statement = text(_IS_BEHIND_THE_NEWEST.format(partition=partition.name))
-    return bool(connection.scalar(statement, {"newest": TILE_WIDTH}))
+    return bool(connection.scalar(statement, {"newest": _NEWEST_KEPT}))
 
 
 def _is_kept(database: Database, connection: Connection, partition: Partition) -> bool:

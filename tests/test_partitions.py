@@ -203,7 +203,7 @@ def test_sealing_resumes_wherever_it_was_interrupted(database_url: URL, database
             first,
             second,
         ]
-    assert stop == 6
+    assert stop > 5
 
 
 def test_sealing_gives_way_to_a_reader_and_is_done_later(database_url: URL, database: Database) -> None:
