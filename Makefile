@@ -11,16 +11,14 @@ run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8
 test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself
 	$(BIN)/pytest
 
+test-faults: $(VENV)/dev.installed ## a hundred kills, freezes, cuts and full disks under load; ARGS="--rounds 5" for fewer
+	$(BIN)/pytest tests/faults -m faults -s $(ARGS)
+
 bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench and COPY; options in ARGS="--only single-64"
 	$(BIN)/python -m bench.ingest $(ARGS)
 
 bench-query: $(VENV)/dev.installed ## how fast questions are answered, beside prepared SQL; options in ARGS="--rows 1000000"
 	$(BIN)/python -m bench.query $(ARGS)
-
-# One more round of a run that failed: make test-faults SEED=… FIRST_ROUND=… ROUNDS=1, as the failure says.
-test-faults: $(VENV)/dev.installed ## a hundred rounds of kills, freezes, cuts and full disks under load: twelve minutes
-	$(BIN)/pytest tests/faults -m faults -s $(if $(ROUNDS),--rounds=$(ROUNDS)) $(if $(SEED),--seed=$(SEED)) \
-	  $(if $(FIRST_ROUND),--first-round=$(FIRST_ROUND)) $(if $(SERVER),--server=$(SERVER))
 
 lint: $(VENV)/dev.installed ## style and types
 	$(BIN)/ruff check .

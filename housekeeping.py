@@ -88,7 +88,7 @@ def _measure(database: Database, metrics: Metrics) -> None:
         metrics.legal_holds.set(connection.scalar(_HOLDS_IN_FORCE) or 0)
         if first := connection.execute(_FIRST_EVENT).one_or_none():
             metrics.first_event.set(first.id)
-            metrics.first_event_age.set(first.recorded_at.timestamp())
+            metrics.first_event_recorded.set(first.recorded_at.timestamp())
 
 
 def purge_keys(database: Database, window: timedelta) -> int:

@@ -47,11 +47,11 @@ class Metrics:
             "audit_partitions_dropped", "Partitions that retention dropped", registry=self.registry
         )
         self.first_event = self._gauge("audit_first_event_id", "The lowest id that is kept")
-        self.first_event_age = self._gauge("audit_first_event_recorded_seconds", "When it was recorded, in Unix time")
+        self.first_event_recorded = self._gauge("audit_first_event_recorded_seconds", "When it was, in Unix time")
         self.legal_holds = self._gauge("audit_legal_holds", "Legal holds in force")
 
     def _gauge(self, name: str, documentation: str) -> Gauge:
-        """Set by whichever worker does the housekeeping: the last one to say something is right."""
+        """One about the database, which every worker looks at: the newest look counts."""
         return Gauge(name, documentation, registry=self.registry, multiprocess_mode="mostrecent")
 
     def exposition(self) -> bytes:

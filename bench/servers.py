@@ -148,10 +148,11 @@ def running_service(command: list[str], database: URL) -> Iterator[Service]:
         "WORKERS": str(WORKERS),
         "HOST": "127.0.0.1",
         "PORT": str(port),
+        "UVICORN_PORT": str(port),
     }
     with (DATA_DIR / f"{database.database}.log").open("w") as log:
         process = subprocess.Popen(  # noqa: S603 - commands are ours
-            [sys.executable, *command, *(["--port", str(port)] if "uvicorn" in command else [])],
+            [sys.executable, *command],
             cwd=ROOT,
             env=environment,
             stdout=log,

@@ -31,6 +31,8 @@ def append_events(database: Database, *events: dict[str, Any], recorded_at: date
     with database.transaction() as connection:
         move_head = text("UPDATE ledger_head SET recorded_at = greatest(recorded_at, :moment)")
         connection.execute(move_head, {"moment": recorded_at})
+    if not events:
+        return
     dedicated = database.dedicated_connection()
     now = datetime.fromisoformat("2026-01-01T00:00:00Z")
     prepared = [prepare_event(EventIn.model_validate(members), now) for members in events]

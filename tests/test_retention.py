@@ -190,6 +190,7 @@ def test_the_one_hold_of_thousands_that_matches_is_found_in_two_scans(database: 
         " CASE WHEN n % 3 = 2 THEN 'r' || n END, 'x', 'root', now() FROM generate_series(1, 3000) AS n",
     )
     last = place(database, actor="carol")
+    execute(database_url, f"ANALYZE {second}")
     scans = f"SELECT seq_scan FROM pg_stat_user_tables WHERE relname = '{second}'"
     before = execute(database_url, scans)
     assert len(drop_expired(database)) == 2

@@ -27,7 +27,7 @@ class Postgres:
     def __init__(self, name: str, disk: Path) -> None:
         self._port = free_port()
         self._ballast = disk / "ballast"
-        options = {"listen_addresses": "127.0.0.1", "port": str(self._port), "max_connections": "50"}
+        options = {"listen_addresses": "127.0.0.1", "port": str(self._port), "max_wal_size": "128MB"}
         self.cluster = Cluster(BINARIES[name], disk / "postgres", options)
 
     def url(self, database: str = "postgres") -> URL:

@@ -15,9 +15,9 @@ from service import Service
 
 # A holder of the head's lock that has stopped lets go after 5 s at the most; the rest is what a flush and a busy
 # machine of two cores may add.
-OTHERS_STALL_S = 5 + 1.5
+OTHERS_STALL_S = 5 + 2.5
 _OUTAGE_STALL_S = 30  # of one who waits for a service or a database that is down, with its restart
-_FREEZE_S = (6.7, 8.0)  # longer than the others may have to wait
+_FREEZE_S = (7.7, 8.7)  # longer than the others may have to wait
 _DATABASE_FREEZE_S = 10
 
 
