@@ -124,7 +124,9 @@ def explained(server: Server) -> Iterator[tuple[Reader, Plans]]:
             execute(url, f"ALTER DATABASE {name} SET {setting}")
         database = Database(url)
         reader = Reader(database, url, timedelta(seconds=10))
-        assert len(list(seal_finished_months(database))) == MONTHS
+        assert (
+            len(list(seal_finished_months(database))) == MONTHS + 1
+        )  # the present month was cut short by the migration
         event.listen(Engine, "after_cursor_execute", plans.collect)
         yield reader, plans
         event.remove(Engine, "after_cursor_execute", plans.collect)
