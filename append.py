@@ -67,10 +67,11 @@ def prepare_event(event: EventIn, now: datetime) -> Prepared:
     """Hash the personal part and write the row; `now` stands in for a timestamp that was not sent."""
     row: dict[str, Any] = {name: value for name, value in event.__dict__.items() if value is not None}
     key = row.pop("idempotency_key", None)
+    timestamp = ledger.format_timestamp(event.timestamp or now)
     if event.timestamp is not None:
-        row["timestamp"] = ledger.format_timestamp(event.timestamp)
+        row["timestamp"] = timestamp
     request_hash = None if key is None else sha256(ledger.canonical_json(row)).digest()
-    timestamp = row.setdefault("timestamp", ledger.format_timestamp(now))
+    row["timestamp"] = timestamp
     nonce = secrets.token_bytes(ledger.NONCE_BYTES)
     row["personal_hash"] = ledger.hash_personal_part(nonce, ledger.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
