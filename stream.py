@@ -11,16 +11,30 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from prometheus_client import Gauge
-from sqlalchemy import ARRAY, Connection, Integer, Select, and_, func, select, true
+from sqlalchemy import (
+    ARRAY,
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    func,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql import array
+from sqlalchemy.sql.visitors import replacement_traverse
 
 from lines import SSE_FRAME
 from models import audit_events
 from pages import Selection, read_newest_id, read_pages
 from problems import Problem, ShuttingDown, TooManyReaders
-from queries import conditions, values_of
+from queries import conditions
 from reader import Reader
 from schemas import EventFilter
 
@@ -235,9 +249,19 @@ def _read_news(after: int, wanted: Sequence[EventFilter], connection: Connection
 
 def _matching(after: int, end: int, wanted: Sequence[EventFilter]) -> Select[int, str, list[int]]:
     """The events, each with the numbers of the filters that it meets. Index: audit_events_pkey."""
-    filters = array([and_(true(), *conditions(each)).unique_params(values_of(each)) for each in wanted])
+    filters = array([_with_own_parameters(and_(true(), *conditions(each))) for each in wanted])
     numbers = func.array_positions(filters, True, type_=ARRAY(Integer)).label("numbers")
     # OFFSET 0 keeps the two levels apart: only what somebody wants is written as text.
     events = select(audit_events, numbers).where(_columns.id > after, _columns.id <= end).offset(0).subquery()
     wanted_by_any = func.cardinality(events.c.numbers) > 0
     return select(events.c.id, SSE_FRAME, events.c.numbers).where(wanted_by_any).order_by(events.c.id)
+
+
+def _with_own_parameters(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """The condition, under names of parameters that no other filter in the statement uses."""
+
+    def rename(element: Any, **_: Any) -> Any:
+        is_parameter = isinstance(element, BindParameter)
+        return bindparam(None, element.value, element.type, unique=True) if is_parameter else None
+
+    return replacement_traverse(condition, {}, rename)
