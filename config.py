@@ -35,6 +35,7 @@ class Settings:
 
     environment: Environment = "production"
     database_url: URL | None = field(default=None, repr=False)  # None: the embedded server
+    database_read_url: URL | None = field(default=None, repr=False)  # None: reads go to the same database
     api_key: str | None = field(default=None, repr=False)
     data_dir: Path = ROOT / ".data"
     host: str = "127.0.0.1"
@@ -46,6 +47,7 @@ class Settings:
     query_timeout: timedelta = timedelta(seconds=10)
     count_limit: int = 1_000_000
     retention: timedelta | None = None  # None: keep for ever
+    audit_reads: bool = False
     log_level: LogLevel = "INFO"
     log_writes: bool = False
 
@@ -64,6 +66,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     settings = Settings(
         environment=cast(Environment, environment),
         database_url=_read_database_url(read),
+        database_read_url=_parse_url("DATABASE_READ_URL", read.text("DATABASE_READ_URL")),
         api_key=_read_api_key(read),
         data_dir=Path(read.text("DATA_DIR") or Settings.data_dir).absolute(),
         host=read.text("HOST") or Settings.host,
@@ -75,6 +78,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         query_timeout=read.duration("QUERY_TIMEOUT", Settings.query_timeout),
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
         retention=read.days("RETENTION_DAYS"),
+        audit_reads=read.boolean("AUDIT_READS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
@@ -85,15 +89,8 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
 
 def _read_database_url(read: "_Reader") -> URL | None:
     """DATABASE_URL wins; else the DB_ parts, which DB_HOST switches on; else None."""
-    if text := read.text("DATABASE_URL"):
-        try:
-            url = make_url(text)
-        except (ArgumentError, ValueError):
-            # `from None`: the cause would carry the URL, and with it the password.
-            raise ConfigurationError("DATABASE_URL: not a URL like postgresql://user:password@host:5432/name") from None
-        if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg2"):
-            raise ConfigurationError("DATABASE_URL: must start with postgresql:// (PostgreSQL is the only database)")
-        return url.set(drivername="postgresql+psycopg2")
+    if url := _parse_url("DATABASE_URL", read.text("DATABASE_URL")):
+        return url
     if host := read.text("DB_HOST"):
         return URL.create(
             "postgresql+psycopg2",
@@ -106,6 +103,19 @@ def _read_database_url(read: "_Reader") -> URL | None:
     return None
 
 
+def _parse_url(name: str, text: str | None) -> URL | None:
+    if text is None:
+        return None
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # `from None`: the cause would carry the URL, and with it the password.
+        raise ConfigurationError(f"{name}: not a URL like postgresql://user:password@host:5432/name") from None
+    if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg2"):
+        raise ConfigurationError(f"{name}: must start with postgresql:// (PostgreSQL is the only database)")
+    return url.set(drivername="postgresql+psycopg2")
+
+
 def _read_api_key(read: "_Reader") -> str | None:
     key = read.text("API_KEY")
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
@@ -114,8 +124,10 @@ def _read_api_key(read: "_Reader") -> str | None:
 
 
 def _refuse_placeholders(settings: Settings) -> None:
-    password = settings.database_url.password if settings.database_url is not None else None
-    for name, value in {"API_KEY": settings.api_key, "DB_PASSWORD": password}.items():
+    secrets = {"API_KEY": settings.api_key}
+    for name, url in {"DB_PASSWORD": settings.database_url, "DATABASE_READ_URL": settings.database_read_url}.items():
+        secrets[name] = url.password if url is not None else None
+    for name, value in secrets.items():
         if value in PLACEHOLDERS:
             raise ConfigurationError(
                 f"{name}: still a placeholder, which anybody can guess. Make one with "

@@ -7,7 +7,7 @@ as the problem that says so, never as a driver's exception.
 import importlib.util
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg2
@@ -187,6 +187,16 @@ def embedded_binaries() -> Path:
             "Set one of them, or install requirements-dev.txt"
         )
     return Path(package.origin).parent / "pginstall" / "bin"
+
+
+@contextmanager
+def open_replica(settings: Settings, database: Database) -> Iterator[Database]:
+    """The database for reads: the replica that the settings name, or else the one that is written to."""
+    if settings.database_read_url is None:
+        yield database
+        return
+    with closing(Database(settings.database_read_url)) as replica:
+        yield replica
 
 
 @contextmanager

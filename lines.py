@@ -28,21 +28,26 @@ _PLAIN = {
 _FORMULA = r"'^''*[-=+@\t\r\n＝＋－＠]'"  # noqa: RUF001 - the full-width forms are meant
 
 
-def _json_value(name: str) -> str:
-    if name == "id":
-        return "id::text"
-    if name == "metadata":
-        return "metadata::text"
-    return f"to_json({name})::text" if name in _CLIENT_TEXTS else f"'\"' || {_PLAIN[name]} || '\"'"
+def _json_member(start: str, name: str) -> str:
+    """`,"name":value`, or null: few concatenations, for each costs a tenth of a microsecond."""
+    key = f'{start}"{name}":'
+    if name in _PLAIN:
+        return f"coalesce('{key}\"' || {_PLAIN[name]} || '\"', '{key}null')"
+    value = f"to_json({name})" if name in _CLIENT_TEXTS else name
+    return f"coalesce('{key}' || {value}::text, '{key}null')"
 
 
 def _json_object(names: tuple[str, ...]) -> str:
     starts = ["{", *"," * (len(names) - 1)]
-    members = [
-        f"""'{start}"{name}":' || coalesce({_json_value(name)}, 'null')"""
-        for start, name in zip(starts, names, strict=True)
-    ]
-    return " || ".join(members) + " || '}'"
+    return _concatenated([*map(_json_member, starts, names), "'}'"])
+
+
+def _concatenated(texts: list[str]) -> str:
+    """As a balanced tree, in which no text is copied more than five times; in a row it would be fifteen."""
+    if len(texts) == 1:
+        return texts[0]
+    middle = len(texts) // 2
+    return f"({_concatenated(texts[:middle])} || {_concatenated(texts[middle:])})"
 
 
 def _csv_value(name: str) -> str:

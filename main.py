@@ -1,8 +1,11 @@
 """The FastAPI entry point: builds the app and wires what the other modules own. `uvicorn main:app`."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,12 +15,14 @@ import migrations
 import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
-from db import open_database
+from db import open_database, open_replica
+from exports import Exports
 from housekeeping import keep_house
 from ingest import Writer
 from reader import Reader
-from routes import events, holds, operations
+from routes import events, exports, holds, operations
 from routes.writes import Writes
+from stream import Feed
 from telemetry import Metrics, Telemetry, configure_logging
 
 
@@ -34,6 +39,30 @@ class AuditService(FastAPI):
         await self._outermost(scope, receive, send)
 
 
+@contextmanager
+def calling_on_stop(callback: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call back on the event loop when the process is told to stop.
+
+    The server first waits for the answers under way and only then ends the lifespan: too late for a stream.
+    """
+    loop = asyncio.get_running_loop()
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(callback)
+        handlers[signal.Signals(number)](number, frame)
+
+    for number in handlers:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The app; settings not given are read when it starts, never at import."""
 
@@ -42,17 +71,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
         app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
-        with open_database(app.state.settings) as database:
+        with open_database(app.state.settings) as database, open_replica(app.state.settings, database) as replica:
             if app.state.settings.run_migrations:
                 migrations.upgrade(database.url)
             app.state.database = database
-            app.state.reader = Reader(database, database.url, app.state.settings.query_timeout)
+            app.state.reader = Reader(replica, replica.url, app.state.settings.query_timeout)
+            app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
+            app.state.feed = Feed(app.state.reader, app.state.metrics.streams)
             app.state.writer = Writer(database)
             housekeeping = asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))
             try:
-                yield
+                with calling_on_stop(app.state.feed.end_streams):
+                    yield
             finally:
                 housekeeping.cancel()
+                app.state.feed.stop()
                 await app.state.writer.stop()
                 app.state.reader.close()
 
@@ -63,6 +96,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install_handlers(app)
+    app.include_router(exports.router)  # before events: /events/{event_id} would take its paths
     app.include_router(events.router)
     app.include_router(holds.router)
     app.include_router(operations.router)

@@ -20,6 +20,7 @@ Problem
     ├── SchemaNotReady         503
     ├── QueryTimeout           503
     ├── QueueFull              503
+    ├── TooManyReaders         503
     ├── ShuttingDown           503
     └── OutcomeUnknown         503
 
@@ -165,6 +166,13 @@ class QueueFull(Unavailable):
     """More events are waiting to be written than this service holds. Nothing was stored; try again."""
 
     code, title = "queue-full", "Queue full"
+
+
+class TooManyReaders(Unavailable):
+    """As many exports or streams are open as this process serves at a time. Try again."""
+
+    code, title = "too-many-readers", "Too many readers"
+    headers: Mapping[str, str] = {"Retry-After": "5"}
 
 
 class ShuttingDown(Unavailable):

@@ -1,11 +1,12 @@
-"""Reads: one statement each, in autocommit, read-only, on connections that no write waits for.
+"""Reads: read-only, one statement each but for scans, on connections that no write waits for.
 
-There are two kinds, each with a pool of its own, so that slow searches leave the pages alone.
+There are three kinds, each with a pool of its own, so that the slow ones leave the pages alone.
 
 A walk reads an index in its order and stops when it has enough. It is prepared, once a connection, and planned
 without its values and without sorts and bitmaps: which plan it has never depends on statistics (seals.py tells how
 it leaves partitions out all the same).
 A search is planned for its values, so that PostgreSQL weighs its indexes and leaves sealed partitions out.
+A scan is a search whose rows are fetched bit by bit, in a transaction: for exports and streams, a few at a time.
 """
 
 import itertools
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg2
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, create_engine, event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -32,12 +35,14 @@ SEALS_MAX_AGE_S = 60.0
 MAX_PREPARED = 50  # statements a connection; 26 partitions make a plan of about 200 kB
 
 _POOL_SIZE = 8
+_SCANS = 4  # at the same time; others wait their turn
 # jit: compiling a plan over many partitions takes longer than running it.
 _READ_OPTIONS = "-c default_transaction_read_only=on -c jit=off"
 WALK_OPTIONS = "-c plan_cache_mode=force_generic_plan" + "".join(
     f" -c enable_{node}=off" for node in ("seqscan", "bitmapscan", "sort", "incremental_sort")
 )
 _QUERY_CANCELED, _INVALID_PARAMETER_VALUE = "57014", "22023"
+Result = TypeVar("Result")
 _numbers = itertools.count(1)
 _PARAMETER = re.compile(r"%\((\w+)\)s|%%")
 
@@ -51,6 +56,8 @@ class Reader:
         self._seals_expire_at = 0.0
         self._searches = _create_engine(url, query_timeout)
         self._walks = _create_engine(url, query_timeout, WALK_OPTIONS)
+        self._scans = _create_engine(url, query_timeout, isolation_level="READ COMMITTED")
+        self._scan_threads = CapacityLimiter(_SCANS)
         event.listen(self._walks, "before_cursor_execute", _execute_prepared, retval=True)
 
     def walk(self, sql: str, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
@@ -60,6 +67,18 @@ class Reader:
     def search(self, statement: Executable) -> Sequence[Row[Any]]:
         """Rows by whatever plan suits the values; raises what walk() raises."""
         return self._ask(self._searches, lambda searches: searches.execute(statement))
+
+    async def scan(self, work: Callable[[Connection], Result]) -> Result:
+        """Call work in a transaction of its own, in a thread that waits for no other kind of read.
+
+        Raises what walk() raises.
+        """
+        return await to_thread.run_sync(self._scan, work, limiter=self._scan_threads)
+
+    def _scan(self, work: Callable[[Connection], Result]) -> Result:
+        self._database.require_schema()
+        with _translated_errors(), self._scans.connect() as connection:
+            return work(connection)
 
     def seals(self) -> Sequence[Seal]:
         """The seals of finished months, as they were in the last minute; raises what walk() raises."""
@@ -83,18 +102,22 @@ class Reader:
     def close(self) -> None:
         self._walks.dispose()
         self._searches.dispose()
+        self._scans.dispose()
 
 
-def _create_engine(url: URL, query_timeout: timedelta, options: str = "") -> Engine:
+def _create_engine(
+    url: URL, query_timeout: timedelta, options: str = "", isolation_level: IsolationLevel = "AUTOCOMMIT"
+) -> Engine:
     timeout_ms = int(query_timeout.total_seconds() * 1000)
     options = f"{CONNECT_ARGS['options']} -c statement_timeout={timeout_ms} {_READ_OPTIONS} {options}"
     return create_engine(
         url,
-        isolation_level="AUTOCOMMIT",
+        isolation_level=isolation_level,
         pool_size=_POOL_SIZE,
         max_overflow=0,
         pool_timeout=5,
-        pool_reset_on_return=None,  # in autocommit nothing is left to roll back
+        pool_pre_ping=isolation_level != "AUTOCOMMIT",  # else _ask() finds out and asks again
+        pool_reset_on_return=None if isolation_level == "AUTOCOMMIT" else "rollback",
         connect_args={**CONNECT_ARGS, "options": options},
     )
 

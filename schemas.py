@@ -31,6 +31,7 @@ from ledger import format_timestamp
 from problems import InvalidFields, MalformedBody, field_errors
 
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
+MAX_ID = 2**63 - 1
 MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
 MAX_PATTERNS = 100  # actors, or event types, in one filter
@@ -254,6 +255,24 @@ class EventListing(EventFilter):
     order: Literal["desc", "asc"] = Field("desc", description="Newest first, or oldest first, by timestamp and id")
     cursor: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
         None, description="`next_cursor` of the page before, with the same filters and order"
+    )
+
+
+class ExportQuery(EventFilter):
+    """Which events to export, and how each is written."""
+
+    format: Literal["ndjson", "csv"] = Field("ndjson", description="A JSON object a line, or RFC 4180 with a header")
+    after: int | None = Field(
+        None,
+        ge=-MAX_ID,
+        le=MAX_ID,
+        description="Resume behind the event with this id: the last one received",
+    )
+    snapshot: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_ID,
+        description="Resume up to this id: that of the first answer's `Audit-Snapshot`",
     )
 
 

@@ -48,6 +48,12 @@ class Metrics:
         )
         self.first_event = self._gauge("audit_first_event_id", "The lowest id that is kept")
         self.first_event_recorded = self._gauge("audit_first_event_recorded_seconds", "When it was, in Unix time")
+        self.exports = Gauge(
+            "audit_exports_open", "Exports under way", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self.streams = Gauge(
+            "audit_streams_open", "Streams listened to", registry=self.registry, multiprocess_mode="livesum"
+        )
         self.legal_holds = self._gauge("audit_legal_holds", "Legal holds in force")
 
     def _gauge(self, name: str, documentation: str) -> Gauge:

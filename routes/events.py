@@ -25,6 +25,7 @@ from problems import (
 )
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
+    MAX_ID,
     BatchReceipt,
     Count,
     Event,
@@ -37,8 +38,6 @@ from schemas import (
     Top,
     TopQuery,
 )
-
-MAX_ID = 2**63 - 1
 
 REPEATABLE = frozenset({"actor", "event_type"})
 

@@ -1,0 +1,124 @@
+"""Any number of events in the order of their ids, as text, in pages of bounded size.
+
+The log grows only at its end, so one number is a snapshot of it: all events up to that id. Each page is read in
+a short transaction of its own: however slow the reader's client is, it holds no transaction and no connection.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import ColumnElement, Connection, Select, select, text
+
+from models import audit_events
+from problems import DatabaseUnavailable
+from queries import conditions
+from reader import Reader
+from schemas import EventFilter
+
+PAGE_BYTES = 1024 * 1024  # what a page aims at; it ends at twice as much
+FETCH_ROWS = 250  # 16 MiB, were every event as large as an event can be
+MAX_WINDOW = 1_000_000  # ids that one page looks through
+READ_AHEAD = 2  # pages of one export that are read at the same time
+
+_columns = audit_events.c
+
+_NEWEST_ID = text("SELECT first_id + size - 1 FROM ledger_head")  # one row
+_OLDEST_ID = text("SELECT min(id) FROM audit_events")  # index: audit_events_pkey of each partition
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which events, up to and including the one with the id `until`, and the SQL that writes each as text."""
+
+    wanted: EventFilter
+    line: ColumnElement[str]
+    until: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """The text of some events, in pieces; all events behind `after` and up to `position` have been looked at."""
+
+    after: int
+    position: int
+    count: int
+    pieces: Sequence[bytes]
+
+    def following_window(self) -> int:
+        """How many ids should make a page, judged by this one."""
+        size = sum(map(len, self.pieces))
+        window = (self.position - self.after) * min(2.0, PAGE_BYTES / max(size, 1))
+        return max(FETCH_ROWS, min(int(window), MAX_WINDOW))
+
+
+async def read_pages(reader: Reader, selection: Selection, after: int) -> AsyncGenerator[Page, None]:
+    """The selected events behind the id `after`, in order; the pages to come are read meanwhile."""
+    reading: deque[tuple[int, asyncio.Task[Page]]] = deque()  # each with the end of its window
+    window = FETCH_ROWS
+
+    def start(after: int, end: int) -> tuple[int, asyncio.Task[Page]]:
+        return end, asyncio.create_task(reader.scan(partial(read_page, selection, after, end)))
+
+    try:
+        while True:
+            while len(reading) < READ_AHEAD and after < selection.until:
+                end = min(after + window, selection.until)
+                reading.append(start(after, end))
+                after = end
+            if not reading:
+                return
+            end, task = reading.popleft()
+            page = await task
+            if page.position < end:
+                reading.appendleft(start(page.position, end))
+            window = page.following_window()
+            yield page
+    finally:
+        for _, task in reading:
+            task.cancel()
+
+
+def read_page(selection: Selection, after: int, end: int, connection: Connection) -> Page:
+    """The selected ones of the events behind `after` and up to `end`, as far as two PAGE_BYTES go.
+
+    Raises DatabaseUnavailable where the database is a replica that has not reached the selection's end.
+    Indexes: audit_events_pkey for the ids, or that of a filter which selects less. Sealed partitions outside
+    the ids or the filter's time range are not touched.
+    """
+    statement = (
+        select(_columns.id, selection.line)
+        .where(_columns.id > after, _columns.id <= end, *conditions(selection.wanted))
+        .order_by(_columns.id)
+    )
+    if read_newest_id(connection) < selection.until:
+        raise DatabaseUnavailable(f"The log has not reached event {selection.until} here.")
+    return _fetch(connection, statement, after, end)
+
+
+def _fetch(connection: Connection, statement: Select[int, str], after: int, end: int) -> Page:
+    pieces: list[bytes] = []
+    count = size = 0
+    # By a cursor, for the number of rows does not bound their bytes.
+    with connection.execution_options(yield_per=FETCH_ROWS).execute(statement) as result:
+        for rows in result.partitions():
+            pieces.append("".join([line for _, line in rows]).encode())
+            count += len(rows)
+            size += len(pieces[-1])
+            if size >= 2 * PAGE_BYTES:
+                return Page(after, rows[-1][0], count, pieces)
+    return Page(after, end, count, pieces)
+
+
+def read_newest_id(connection: Connection) -> int:
+    """The newest event's id; all events up to it can be read."""
+    newest: int = connection.scalars(_NEWEST_ID).one()
+    return newest
+
+
+def read_bounds(connection: Connection) -> tuple[int, int]:
+    """The ids of the oldest and the newest event; of an empty log 1 and 0."""
+    newest = read_newest_id(connection)
+    return connection.scalar(_OLDEST_ID) or newest + 1, newest

@@ -1,0 +1,53 @@
+"""/events/export and /events/stream: answers without an end that is known when they begin."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from auth import Caller
+from exports import Exports, accepts_gzip
+from problems import InvalidFields, Unauthorized, Unavailable, responses
+from routes.events import refuse_repetition
+from routes.streamed import Streamed
+from schemas import MAX_ID, EventFilter, ExportQuery
+from stream import Feed
+
+router = APIRouter(
+    prefix="/events",
+    tags=["events"],
+    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    dependencies=[Depends(refuse_repetition)],
+)
+
+MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
+
+
+@router.get("/export", response_class=Response)
+async def export_events(request: Request, caller: Caller, query: Annotated[ExportQuery, Query()]) -> Response:
+    """Every event that meets the filters, in the order of ids, from one snapshot; the last line says `complete`."""
+    exports: Exports = request.app.state.exports
+    compressed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
+    export = await exports.start(query, compressed=compressed)
+    headers = {
+        "Audit-Snapshot": str(export.snapshot),
+        "Content-Disposition": f'attachment; filename="events.{query.format}"',
+        "Vary": "Accept-Encoding",
+        **({"Content-Encoding": "gzip"} if compressed else {}),
+    }
+    return Streamed(export.pieces(), export.close, MEDIA_TYPES[query.format], headers)
+
+
+@router.get("/stream", response_class=Response)
+async def stream_events(
+    request: Request,
+    caller: Caller,
+    wanted: Annotated[EventFilter, Query()],
+    last_event_id: Annotated[int | None, Header(ge=0, le=MAX_ID)] = None,
+) -> Response:
+    """Server-sent events, in the order of ids: what meets the filters from now on, or behind `Last-Event-ID`."""
+    feed: Feed = request.app.state.feed
+    listener = await feed.listen(wanted, last_event_id)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    answer = Streamed(listener.frames(), listener.close, "text/event-stream", headers)
+    listener.cut = answer.cut
+    return answer
