@@ -49,6 +49,7 @@ class Settings:
     retention: timedelta | None = None  # None: keep for ever
     log_level: LogLevel = "INFO"
     log_writes: bool = False
+    audit_reads: bool = False
 
     @property
     def in_development(self) -> bool:
@@ -79,6 +80,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         retention=read.days("RETENTION_DAYS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
+        audit_reads=read.boolean("AUDIT_READS"),
     )
     if not settings.in_development:
         _refuse_placeholders(settings)
