@@ -6,11 +6,13 @@ as the problem that says so, never as a driver's exception.
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg2
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -37,6 +39,10 @@ CONNECT_ARGS = {
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN, _UNDEFINED_FUNCTION, _READ_ONLY = "42P01", "42703", "42883", "25006"
 _READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
+_THREADS = 10  # fewer than the connections of the pool, so that none waits for one
+
+Result = TypeVar("Result")
+
 
 class Database:
     """A pool of connections to one database."""
@@ -45,7 +51,12 @@ class Database:
         self.url = url
         # pre_ping: after a restart of the database the pool notices before a request does.
         self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=CONNECT_ARGS)
+        self._threads = CapacityLimiter(_THREADS)
         self._schema_seen_ready = False
+
+    async def in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Call work in one of this database's own threads, so that reads of any number keep nobody waiting."""
+        return await to_thread.run_sync(work, *arguments, limiter=self._threads)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -20,6 +20,8 @@ from exports import Exports
 from housekeeping import keep_house
 from ingest import Writer
 from reader import Reader
+from reads import ReadLog
+from replica import ReplicaWatch
 from routes import events, exports, holds, operations
 from routes.writes import Writes
 from stream import Feed
@@ -79,13 +81,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
             app.state.feed = Feed(app.state.reader, app.state.metrics.streams)
             app.state.writer = Writer(database)
-            housekeeping = asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))
+            app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
+            background = [asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))]
+            if replica is not database:
+                watch = ReplicaWatch(database, app.state.reader, app.state.metrics)
+                background.append(asyncio.create_task(watch.run()))
             try:
                 with calling_on_stop(app.state.feed.end_streams):
                     yield
             finally:
-                housekeeping.cancel()
+                for task in background:
+                    task.cancel()
                 app.state.feed.stop()
+                await app.state.reads.stop()
                 await app.state.writer.stop()
                 app.state.reader.close()
 

@@ -42,21 +42,24 @@ class Metrics:
             "audit_http_request_duration_seconds", "Time to answer", ["method", "route"], registry=self.registry
         )
         self.events = Counter("audit_events_recorded", "Events committed to the log", registry=self.registry)
-        self.partitions = self._gauge("audit_partitions", "Monthly partitions, coming ones included")
+        self.partitions = self.gauge("audit_partitions", "Monthly partitions, coming ones included")
         self.partitions_dropped = Counter(
             "audit_partitions_dropped", "Partitions that retention dropped", registry=self.registry
         )
-        self.first_event = self._gauge("audit_first_event_id", "The lowest id that is kept")
-        self.first_event_recorded = self._gauge("audit_first_event_recorded_seconds", "When it was, in Unix time")
+        self.first_event = self.gauge("audit_first_event_id", "The lowest id that is kept")
+        self.first_event_recorded = self.gauge("audit_first_event_recorded_seconds", "When it was, in Unix time")
+        self.reads_dropped = Counter(
+            "audit_reads_dropped", "Reads that left no audit.read event", registry=self.registry
+        )
         self.exports = Gauge(
             "audit_exports_open", "Exports under way", registry=self.registry, multiprocess_mode="livesum"
         )
         self.streams = Gauge(
             "audit_streams_open", "Streams listened to", registry=self.registry, multiprocess_mode="livesum"
         )
-        self.legal_holds = self._gauge("audit_legal_holds", "Legal holds in force")
+        self.legal_holds = self.gauge("audit_legal_holds", "Legal holds in force")
 
-    def _gauge(self, name: str, documentation: str) -> Gauge:
+    def gauge(self, name: str, documentation: str) -> Gauge:
         """One about the database, which every worker looks at: the newest look counts."""
         return Gauge(name, documentation, registry=self.registry, multiprocess_mode="mostrecent")
 

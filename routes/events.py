@@ -10,7 +10,7 @@ import aggregates
 import cloudevents
 import listing
 import queries
-from auth import Caller
+from auth import Caller, Key
 from problems import (
     BadRequest,
     BodyTooLarge,
@@ -23,6 +23,7 @@ from problems import (
     UnsupportedMediaType,
     responses,
 )
+from reads import ReadLog
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     MAX_ID,
@@ -106,6 +107,7 @@ def create_events(caller: Caller) -> None:
 def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
     page = listing.list_events(request.app.state.reader, wanted)
+    _record_read(request, caller, "list", wanted, len(page.events))
     body = f'{{"events":[{",".join(page.events)}],"next_cursor":{json.dumps(page.next_cursor)}}}'
     if page.next_cursor is None:
         return _json(body)
@@ -118,6 +120,7 @@ def count_events(request: Request, caller: Caller, wanted: Annotated[EventFilter
     """How many events there are, counted up to `COUNT_LIMIT`."""
     state = request.app.state
     count, capped = aggregates.count_events(state.reader, wanted, state.settings.count_limit)
+    _record_read(request, caller, "count", wanted, count)
     return Count(count=count, capped=capped)
 
 
@@ -128,6 +131,7 @@ def count_by_time(request: Request, caller: Caller, wanted: Annotated[HistogramQ
     Without `start` or `end` the range is that of the events. Weeks begin on Monday.
     """
     buckets = aggregates.count_by_time(request.app.state.reader, wanted)
+    _record_read(request, caller, "histogram", wanted, sum(bucket._mapping["count"] for bucket in buckets))
     return {"interval": wanted.interval, "time_zone": wanted.time_zone, "buckets": [row._mapping for row in buckets]}
 
 
@@ -135,13 +139,21 @@ def count_by_time(request: Request, caller: Caller, wanted: Annotated[HistogramQ
 def count_by_value(request: Request, caller: Caller, wanted: Annotated[TopQuery, Query()]) -> Any:
     """The most frequent values of a field. Events without the field do not count."""
     values = aggregates.count_by_value(request.app.state.reader, wanted)
+    _record_read(request, caller, "top", wanted, sum(value._mapping["count"] for value in values))
     return {"field": wanted.field, "values": [row._mapping for row in values]}
 
 
 @router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
 def get_event(request: Request, caller: Caller, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
-    return _json(queries.read_event(request.app.state.reader, event_id))
+    event = queries.read_event(request.app.state.reader, event_id)
+    _record_read(request, caller, "get", None, 1, id=event_id)
+    return _json(event)
+
+
+def _record_read(request: Request, caller: Key, call: str, wanted: EventFilter | None, count: int, **more: int) -> None:
+    reads: ReadLog = request.app.state.reads
+    reads.record(caller, call, wanted, count, **more)
 
 
 def _json(body: str, headers: dict[str, str] | None = None) -> Response:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from auth import Caller
 from exports import Exports, accepts_gzip
 from problems import InvalidFields, Unauthorized, Unavailable, responses
+from reads import ReadLog
 from routes.events import refuse_repetition
 from routes.streamed import Streamed
 from schemas import MAX_ID, EventFilter, ExportQuery
@@ -34,7 +35,13 @@ async def export_events(request: Request, caller: Caller, query: Annotated[Expor
         "Vary": "Accept-Encoding",
         **({"Content-Encoding": "gzip"} if compressed else {}),
     }
-    return Streamed(export.pieces(), export.close, MEDIA_TYPES[query.format], headers)
+    reads: ReadLog = request.app.state.reads
+
+    def end() -> None:
+        export.close()
+        reads.record(caller, "export", query, export.count, complete=export.is_complete)
+
+    return Streamed(export.pieces(), end, MEDIA_TYPES[query.format], headers)
 
 
 @router.get("/stream", response_class=Response)
@@ -48,6 +55,13 @@ async def stream_events(
     feed: Feed = request.app.state.feed
     listener = await feed.listen(wanted, last_event_id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    answer = Streamed(listener.frames(), listener.close, "text/event-stream", headers)
+    reads: ReadLog = request.app.state.reads
+    reads.record(caller, "stream.open", wanted, 0)
+
+    def end() -> None:
+        listener.close()
+        reads.record(caller, "stream", wanted, listener.count)
+
+    answer = Streamed(listener.frames(), end, "text/event-stream", headers)
     listener.cut = answer.cut
     return answer

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
+from db import Database
 from problems import Unavailable, responses
 
 router = APIRouter(tags=["operations"])
@@ -31,12 +32,13 @@ async def health() -> Health:
 
 
 @router.get("/ready", responses=responses(Unavailable))
-def ready(request: Request) -> Readiness:
+async def ready(request: Request) -> Readiness:
     """Migrated and writable; else 503 with the reason."""
-    return Readiness(revision=request.app.state.database.check_ready())
+    database: Database = request.app.state.database
+    return Readiness(revision=await database.in_thread(database.check_ready))
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -141,7 +140,7 @@ async def _append(state: State, prepared: Sequence[Prepared]) -> Appended:
 
 async def _first_answer(state: State, event_id: int) -> bytes:
     """The event that a repeated key stands for."""
-    row = await run_in_threadpool(queries.find_event, state.database, event_id)
+    row = await state.database.in_thread(queries.find_event, state.database, event_id)
     return Event.model_validate(row).model_dump_json().encode()
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"server"},
     {"main"},
     {"routes"},
-    {"aggregates", "exports", "stream"},
+    {"aggregates", "exports", "reads", "replica", "stream"},
     {"pages"},
     {"listing"},
     {"housekeeping"},
