@@ -39,6 +39,7 @@ TEMPLATE = "audit_test_template"
 # Set and empty counts as not set, and a developer's .env cannot fill it.
 SCRUBBED = (
     "API_KEY",
+    "AUDIT_READS",
     "COUNT_LIMIT",
     "DATABASE_READ_URL",
     "DATABASE_URL",
