@@ -47,6 +47,7 @@ class Settings:
     query_timeout: timedelta = timedelta(seconds=10)
     count_limit: int = 1_000_000
     retention: timedelta | None = None  # None: keep for ever
+    audit_reads: bool = False
     log_level: LogLevel = "INFO"
     log_writes: bool = False
     audit_reads: bool = False
@@ -78,6 +79,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         query_timeout=read.duration("QUERY_TIMEOUT", Settings.query_timeout),
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
         retention=read.days("RETENTION_DAYS"),
+        audit_reads=read.boolean("AUDIT_READS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
         audit_reads=read.boolean("AUDIT_READS"),

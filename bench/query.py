@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -180,10 +181,37 @@ def against_size(small: Subject, large: Subject, rounds: int) -> list[Figure]:
     return figures
 
 
+def export_against_copy(subject: Subject, rounds: int) -> list[Figure]:
+    """A million events, or all, as NDJSON over HTTP, and their columns by COPY, which need not be in order."""
+    figure = Figure("export", "NDJSON export of 1,000,000 events", "COPY of the same columns", "ms", 2.5, at_most=True)
+    ((first_id,),) = subject.server.execute(str(subject.url.database), "SELECT min(id) FROM audit_events")
+    last_id = int(str(first_id)) + min(subject.rows, 1_000_000) - 1
+    export = [
+        require("curl", "curl"), "--silent", "--fail", "--header", f"X-API-Key: {subject.service.api_key}",
+        f"{subject.service.url}/events/export?snapshot={last_id}",
+    ]  # fmt: skip
+    copy = [
+        binaries() / "psql", f"--host={subject.url.query['host']}", f"--username={subject.url.username}",
+        f"--command=COPY (SELECT * FROM audit_events WHERE id <= {last_id}) TO STDOUT", subject.url.database,  # noqa: S608
+    ]  # fmt: skip
+    for _ in range(rounds):
+        figure.ours.append(_time_ms(export))
+        figure.theirs.append(_time_ms(copy))
+    return [figure]
+
+
+def _time_ms(command: Sequence[object]) -> float:
+    """Of a program whose output nobody keeps."""
+    started = time.perf_counter()
+    subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=True)  # noqa: S603 - ours
+    return (time.perf_counter() - started) * 1e3
+
+
 BENCHES: Mapping[str, Callable[[Subject, int], list[Figure]]] = {
     "sql": against_sql,
     "deep-and-rare": deep_and_rare,
     "histogram": day_histogram,
+    "export": export_against_copy,
 }
 
 

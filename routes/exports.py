@@ -1,6 +1,6 @@
 """/events/export and /events/stream: answers without an end that is known when they begin."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
@@ -20,10 +20,23 @@ router = APIRouter(
     dependencies=[Depends(refuse_repetition)],
 )
 
+_EXPORT_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The events, and a last line that says that they are all",
+        "content": {name: {"schema": {"type": "string"}} for name in ("application/x-ndjson", "text/csv")},
+        "headers": {"Audit-Snapshot": {"schema": {"type": "integer"}, "description": "The newest event's id"}},
+    }
+}
+_STREAM_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Each event as `id:`, its id, and `data:`, its JSON",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
 
 
-@router.get("/export", response_class=Response)
+@router.get("/export", response_class=Response, responses=_EXPORT_ANSWER)
 async def export_events(request: Request, caller: Caller, query: Annotated[ExportQuery, Query()]) -> Response:
     """Every event that meets the filters, in the order of ids, from one snapshot; the last line says `complete`."""
     exports: Exports = request.app.state.exports
@@ -44,7 +57,7 @@ async def export_events(request: Request, caller: Caller, query: Annotated[Expor
     return Streamed(export.pieces(), end, MEDIA_TYPES[query.format], headers)
 
 
-@router.get("/stream", response_class=Response)
+@router.get("/stream", response_class=Response, responses=_STREAM_ANSWER)
 async def stream_events(
     request: Request,
     caller: Caller,
