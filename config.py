@@ -50,7 +50,6 @@ class Settings:
     audit_reads: bool = False
     log_level: LogLevel = "INFO"
     log_writes: bool = False
-    audit_reads: bool = False
 
     @property
     def in_development(self) -> bool:
@@ -82,7 +81,6 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         audit_reads=read.boolean("AUDIT_READS"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
-        audit_reads=read.boolean("AUDIT_READS"),
     )
     if not settings.in_development:
         _refuse_placeholders(settings)
