@@ -14,7 +14,7 @@ from problems import TooManyReaders
 from reader import Reader
 from schemas import ExportQuery
 
-MAX_OPEN_EXPORTS = 8  # in one process; each holds three pages
+MAX_OPEN_EXPORTS = 4  # in one process; each holds four pages
 GZIP_LEVEL = 1
 
 

@@ -18,10 +18,10 @@ from queries import conditions
 from reader import Reader
 from schemas import EventFilter
 
-PAGE_BYTES = 1024 * 1024  # what a page aims at; it ends at twice as much
+PAGE_BYTES = 4 * 1024 * 1024  # what a page of an export aims at; it ends at twice as much
 FETCH_ROWS = 250  # 16 MiB, were every event as large as an event can be
 MAX_WINDOW = 1_000_000  # ids that one page looks through
-READ_AHEAD = 2  # pages of one export that are read at the same time
+READ_AHEAD = 3  # pages of one export that are read at the same time
 
 _columns = audit_events.c
 
@@ -36,6 +36,8 @@ class Selection:
     wanted: EventFilter
     line: ColumnElement[str]
     until: int
+    page_bytes: int = PAGE_BYTES
+    read_ahead: int = READ_AHEAD  # 1: a page is read when the one before is gone
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Page:
     count: int
     pieces: Sequence[bytes]
 
-    def following_window(self) -> int:
-        """How many ids should make a page, judged by this one."""
+    def following_window(self, page_bytes: int) -> int:
+        """How many ids should make a page of so many bytes, judged by this one."""
         size = sum(map(len, self.pieces))
-        window = (self.position - self.after) * min(2.0, PAGE_BYTES / max(size, 1))
+        window = (self.position - self.after) * min(2.0, page_bytes / max(size, 1))
         return max(FETCH_ROWS, min(int(window), MAX_WINDOW))
 
 
@@ -64,7 +66,7 @@ async def read_pages(reader: Reader, selection: Selection, after: int) -> AsyncG
 
     try:
         while True:
-            while len(reading) < READ_AHEAD and after < selection.until:
+            while len(reading) < selection.read_ahead and after < selection.until:
                 end = min(after + window, selection.until)
                 reading.append(start(after, end))
                 after = end
@@ -74,7 +76,7 @@ async def read_pages(reader: Reader, selection: Selection, after: int) -> AsyncG
             page = await task
             if page.position < end:
                 reading.appendleft(start(page.position, end))
-            window = page.following_window()
+            window = page.following_window(selection.page_bytes)
             yield page
     finally:
         for _, task in reading:
@@ -82,7 +84,7 @@ async def read_pages(reader: Reader, selection: Selection, after: int) -> AsyncG
 
 
 def read_page(selection: Selection, after: int, end: int, connection: Connection) -> Page:
-    """The selected ones of the events behind `after` and up to `end`, as far as two PAGE_BYTES go.
+    """The selected ones of the events behind `after` and up to `end`, as far as twice `page_bytes` go.
 
     Raises DatabaseUnavailable where the database is a replica that has not reached the selection's end.
     Indexes: audit_events_pkey for the ids, or that of a filter which selects less. Sealed partitions outside
@@ -95,10 +97,10 @@ def read_page(selection: Selection, after: int, end: int, connection: Connection
     )
     if read_newest_id(connection) < selection.until:
         raise DatabaseUnavailable(f"The log has not reached event {selection.until} here.")
-    return _fetch(connection, statement, after, end)
+    return _fetch(connection, statement, (after, end), 2 * selection.page_bytes)
 
 
-def _fetch(connection: Connection, statement: Select[int, str], after: int, end: int) -> Page:
+def _fetch(connection: Connection, statement: Select[int, str], ids: tuple[int, int], most_bytes: int) -> Page:
     pieces: list[bytes] = []
     count = size = 0
     # By a cursor, for the number of rows does not bound their bytes.
@@ -107,9 +109,9 @@ def _fetch(connection: Connection, statement: Select[int, str], after: int, end:
             pieces.append("".join([line for _, line in rows]).encode())
             count += len(rows)
             size += len(pieces[-1])
-            if size >= 2 * PAGE_BYTES:
-                return Page(after, rows[-1][0], count, pieces)
-    return Page(after, end, count, pieces)
+            if size >= most_bytes:
+                return Page(ids[0], rows[-1][0], count, pieces)
+    return Page(*ids, count, pieces)
 
 
 def read_newest_id(connection: Connection) -> int:

@@ -43,6 +43,7 @@ logger = logging.getLogger("audit.stream")
 MAX_LISTENERS = 10_000  # in one process
 MAX_NEWS = 1_000  # events a poll
 MAX_WAITING_BYTES = 1024 * 1024  # for one listener that does not take them; events are shared between listeners
+CATCH_UP_BYTES = 64 * 1024  # what a page aims at: there may be thousands of listeners
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # between polls: short while there is news, longer the longer there is none
 HEARTBEAT_S = 15
 HEARTBEAT = b": heartbeat\n"
@@ -218,7 +219,7 @@ class Listener:
         self._feed.leave(self)
 
     async def _catch_up(self, until: int) -> AsyncGenerator[bytes, None]:
-        selection = Selection(self.wanted, SSE_FRAME, until)
+        selection = Selection(self.wanted, SSE_FRAME, until, page_bytes=CATCH_UP_BYTES, read_ahead=1)
         async with aclosing(read_pages(self._reader, selection, self.position)) as pages:
             async for page in pages:
                 self.position = page.position
