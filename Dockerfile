@@ -12,6 +12,10 @@ COPY --from=build /venv /venv
 WORKDIR /app
 COPY alembic.ini ./
 COPY alembic alembic
+COPY housekeeping housekeeping
+COPY ingest ingest
+COPY ledger ledger
+COPY queries queries
 COPY routes routes
 COPY *.py ./
 # Compiled now, for the file system is read-only later.

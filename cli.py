@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import holds
 from auth import api_key_in_force
 from config import ConfigurationError, Settings, load_settings
 from db import Database, open_database
+from housekeeping import holds
 from problems import Problem
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn
 from server import serve_alone, serve_with_workers

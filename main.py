@@ -16,15 +16,15 @@ import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
 from db import open_database, open_replica
-from exports import Exports
-from housekeeping import keep_house
-from ingest import Writer
-from reader import Reader
-from reads import ReadLog
-from replica import ReplicaWatch
+from housekeeping.rounds import keep_house
+from ingest.reads import ReadLog
+from ingest.writer import Writer
+from queries.exports import Exports
+from queries.reader import Reader
+from queries.replica import ReplicaWatch
+from queries.stream import Feed
 from routes import events, exports, holds, operations
 from routes.writes import Writes
-from stream import Feed
 from telemetry import Metrics, Telemetry, configure_logging
 
 

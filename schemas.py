@@ -3,42 +3,27 @@
 Every model is strict and refuses unknown fields: a typo must not lose data or widen a query.
 """
 
-import ipaddress
-import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Json,
-    PlainSerializer,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints, model_validator
+
+from fields import (
+    Interval,
+    IpAddress,
+    IpNetwork,
+    Metadata,
+    Outcome,
+    Patterns,
+    Text255,
+    Text1024,
+    Timestamp,
+    TimestampOut,
+    TimeZone,
+    TraceId,
 )
-
-from ledger import format_timestamp
-from problems import InvalidFields, MalformedBody, field_errors
 
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
 MAX_ID = 2**63 - 1
-MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
-MAX_METADATA_DEPTH = 32
-MAX_PATTERNS = 100  # actors, or event types, in one filter
-MAX_ERRORS = 100  # a batch of 10,000 wrong events needs no answer of megabytes
-
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
-_TIMESTAMP_EXPECTED = "must be an RFC 3339 date-time with an offset, like 2026-11-24T09:30:00Z"
 
 _EVENT_EXAMPLE: dict[str, Any] = {
     "event_type": "order.create",
@@ -52,118 +37,6 @@ _EVENT_EXAMPLE: dict[str, Any] = {
     "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
     "metadata": {"amount": 99.5, "currency": "EUR"},
 }
-
-
-def _refuse_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain the NUL character, which PostgreSQL cannot store")
-    return text
-
-
-def _parse_timestamp(value: object) -> object:
-    """RFC 3339 section 5.6, in UTC. Digits beyond the microsecond are cut off."""
-    if not isinstance(value, str):
-        return value  # pydantic says what it expected
-    if not _RFC3339.fullmatch(value):
-        raise ValueError(_TIMESTAMP_EXPECTED)
-    try:
-        return datetime.fromisoformat(value.upper()).astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must lie in the years 1 to 9999, in UTC") from None
-    except ValueError:
-        raise ValueError(_TIMESTAMP_EXPECTED) from None
-
-
-def _normalise_ip(text: str) -> str:
-    """The one spelling that PostgreSQL prints for the address, for that is what is hashed and read back."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise ValueError("must be an IPv4 or IPv6 address") from None
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.scope_id is not None:
-        raise ValueError("must not carry a zone, which means nothing outside its host")
-    high, low = divmod(int(address), 2**32)
-    if high == 0xFFFF or (high == 0 and low > 0xFFFF):  # dotted: IPv4-mapped and -compatible
-        return f"::{'ffff:' if high else ''}{ipaddress.IPv4Address(low)}"
-    return str(address)
-
-
-def _normalise_network(text: str) -> str:
-    """An address, or a network in CIDR notation, as PostgreSQL's inet reads it."""
-    try:
-        network = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise ValueError("must be an IPv4 or IPv6 address, or a network like 10.0.0.0/8") from None
-    if "%" in text:
-        raise ValueError("must not carry a zone, which means nothing outside its host")
-    if "/" in text and ipaddress.ip_interface(text).ip != network.network_address:
-        raise ValueError(f"has bits set beyond its prefix length: either an address, or the network {network}")
-    return str(network)
-
-
-def _check_pattern(text: str) -> str:
-    """A trailing * stands for any end; * alone would be no filter at all."""
-    if text == "*":
-        raise ValueError("must have at least one character before the *")
-    if len(text) > 255 and not text.endswith("*"):
-        raise ValueError("must have at most 255 characters")
-    return text
-
-
-def _without_repetition(values: list[str]) -> list[str]:
-    return sorted(set(values))
-
-
-def _check_time_zone(name: str) -> str:
-    """One of the IANA database: PostgreSQL would take UTC+3 too, and mean three hours west."""
-    try:
-        ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError("must be the IANA name of a time zone, like Europe/Berlin") from None
-    return name
-
-
-def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    _check_json(metadata, MAX_METADATA_DEPTH)
-    return metadata
-
-
-def _check_json(value: object, depth: int) -> None:
-    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged."""
-    if depth == 0:
-        raise ValueError(f"must not nest deeper than {MAX_METADATA_DEPTH} levels")
-    if isinstance(value, dict):
-        for key, member in value.items():
-            _refuse_nul(key)
-            _check_json(member, depth - 1)
-    elif isinstance(value, list):
-        for member in value:
-            _check_json(member, depth - 1)
-    elif isinstance(value, str):
-        _refuse_nul(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must not contain a number outside the range of IEEE 754 doubles")
-    elif isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
-        raise ValueError(f"must not contain an integer beyond ±{MAX_SAFE_INTEGER}; send it as a string")
-
-
-Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_refuse_nul)]
-Text1024 = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_refuse_nul)]
-TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\z")]
-IpAddress = Annotated[str, AfterValidator(_normalise_ip)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
-Outcome = Literal["success", "failure", "denied", "unknown"]
-IpNetwork = Annotated[str, AfterValidator(_normalise_network)]
-Pattern = Annotated[
-    str, StringConstraints(min_length=1, max_length=256), AfterValidator(_refuse_nul), AfterValidator(_check_pattern)
-]
-Patterns = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS), AfterValidator(_without_repetition)]
-Interval = Literal["minute", "hour", "day", "week", "month"]
-TimeZone = Annotated[str, StringConstraints(max_length=64), AfterValidator(_check_time_zone)]
-Timestamp = Annotated[AwareDatetime, BeforeValidator(_parse_timestamp)]
-TimestampOut = Annotated[datetime, PlainSerializer(format_timestamp, when_used="json")]
 
 
 class EventIn(BaseModel):
@@ -391,47 +264,3 @@ class BatchReceipt(BaseModel):
     last_id: int = Field(description="The highest id")
     ids: list[int]
     replayed: int = Field(description="How many of them were stored before, under the same idempotency key")
-
-
-_events: TypeAdapter[list[EventIn]] = TypeAdapter(list[EventIn])
-
-
-def parse_event(body: bytes) -> EventIn:
-    """One event from a JSON body; raises MalformedBody or InvalidFields, which names each wrong field."""
-    with _named_errors("body"):
-        return EventIn.model_validate_json(body)
-
-
-def parse_events(body: bytes) -> list[EventIn]:
-    """Events from a JSON array; an error's location has the event's index, like body.17.actor."""
-    with _named_errors("body"):
-        return _events.validate_json(body)
-
-
-def parse_event_lines(body: bytes) -> list[EventIn]:
-    """Events from NDJSON, one a line; empty lines are passed over. Errors name the line's index from 0."""
-    events: list[EventIn] = []
-    for index, line in enumerate(filter(None, map(bytes.strip, body.split(b"\n")))):
-        with _named_errors("body", str(index)):
-            events.append(EventIn.model_validate_json(line))
-    return events
-
-
-def event_from_members(members: dict[str, Any], names: Mapping[str, str], *location: str) -> EventIn:
-    """An event from parsed members; `names` turns a field's name into the one that the client knows."""
-    with _named_errors(*location, names=names):
-        return EventIn.model_validate(members)
-
-
-@contextmanager
-def _named_errors(*location: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    try:
-        yield
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        if errors[0]["type"] == "json_invalid":
-            raise MalformedBody(f"{'.'.join(location)}: {errors[0]['msg']}") from None
-        if names:
-            for each in errors:
-                each["loc"] = tuple(names.get(str(part), part) for part in each["loc"])
-        raise InvalidFields(errors=field_errors(errors[:MAX_ERRORS], *location)) from None

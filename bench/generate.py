@@ -25,7 +25,7 @@ from sqlalchemy.engine import URL, make_url
 
 from bench import events
 from db import Database
-from partitions import seal_finished_months
+from housekeeping.partitions import seal_finished_months
 
 COPY_ROWS = 20_000  # rows made at a time: 8 MB of text
 LOADERS = 2  # while one has the indexes of its month built, the other makes and copies rows

@@ -22,8 +22,6 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-import aggregates
-import listing
 from bench import events
 from bench.figures import Figure, print_table, write_results
 from bench.servers import (
@@ -36,12 +34,13 @@ from bench.servers import (
     running_service,
     template_name,
 )
-from cursors import encode_cursor
 from db import Database
-from partitions import seal_finished_months
-from reader import DIALECT, WALK_OPTIONS
+from housekeeping.partitions import seal_finished_months
+from queries import aggregates, listing
+from queries.cursors import encode_cursor
+from queries.reader import DIALECT, WALK_OPTIONS
+from queries.seals import SEALS, Seal, sealed_months
 from schemas import EventListing, HistogramQuery
-from seals import SEALS, Seal, sealed_months
 
 MONTHS = 24
 LIMIT = 50

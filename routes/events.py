@@ -6,11 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
-import aggregates
-import cloudevents
-import listing
-import queries
 from auth import Caller, Key
+from ingest import cloudevents
+from ingest.reads import ReadLog
 from problems import (
     BadRequest,
     BodyTooLarge,
@@ -23,7 +21,7 @@ from problems import (
     UnsupportedMediaType,
     responses,
 )
-from reads import ReadLog
+from queries import aggregates, listing, lookup
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     MAX_ID,
@@ -146,7 +144,7 @@ def count_by_value(request: Request, caller: Caller, wanted: Annotated[TopQuery,
 @router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
 def get_event(request: Request, caller: Caller, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
-    event = queries.read_event(request.app.state.reader, event_id)
+    event = lookup.read_event(request.app.state.reader, event_id)
     _record_read(request, caller, "get", None, 1, id=event_id)
     return _json(event)
 

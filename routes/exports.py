@@ -5,13 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from auth import Caller
-from exports import Exports, accepts_gzip
+from ingest.reads import ReadLog
 from problems import InvalidFields, Unauthorized, Unavailable, responses
-from reads import ReadLog
+from queries.exports import Exports, accepts_gzip
+from queries.stream import Feed
 from routes.events import refuse_repetition
 from routes.streamed import Streamed
 from schemas import MAX_ID, EventFilter, ExportQuery
-from stream import Feed
 
 router = APIRouter(
     prefix="/events",

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-import holds
 from auth import Admin
+from housekeeping import holds
 from problems import Forbidden, HoldNotFound, InvalidFields, Unauthorized, Unavailable, responses
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, LegalHoldPage
 

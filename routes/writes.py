@@ -12,13 +12,14 @@ from starlette.datastructures import State
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import cloudevents
 import problems
-import queries
-from append import Appended, Prepared, prepare_event
 from auth import presented_key
+from ingest import cloudevents
+from ingest.append import Appended, Prepared, prepare_event
+from ingest.parse import parse_event, parse_event_lines, parse_events
 from problems import BodyTooLarge, InvalidFields, Problem, UnsupportedMediaType
-from schemas import PUBLIC_FIELDS, Event, EventIn, parse_event, parse_event_lines, parse_events
+from queries import lookup
+from schemas import PUBLIC_FIELDS, Event, EventIn
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_BATCH_BYTES = 16 * 1024 * 1024
@@ -140,7 +141,7 @@ async def _append(state: State, prepared: Sequence[Prepared]) -> Appended:
 
 async def _first_answer(state: State, event_id: int) -> bytes:
     """The event that a repeated key stands for."""
-    row = await state.database.in_thread(queries.find_event, state.database, event_id)
+    row = await state.database.in_thread(lookup.find_event, state.database, event_id)
     return Event.model_validate(row).model_dump_json().encode()
 
 

@@ -10,9 +10,9 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from append import append_submissions, prepare_event, submission_of
 from db import Database
-from partitions import Partition, list_partitions
+from housekeeping.partitions import Partition, list_partitions
+from ingest.append import append_submissions, prepare_event, submission_of
 from schemas import EventIn
 
 

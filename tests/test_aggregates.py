@@ -10,7 +10,7 @@ from conftest import running_app, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from test_queries import list_all, post_all
+from test_filters import list_all, post_all
 
 
 def at(*moments: str, actor: str = "alice") -> list[dict[str, Any]]:

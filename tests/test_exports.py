@@ -22,14 +22,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent, leaf_of, tree_hash
 
-import exports
 import migrations
-import pages
 import routes.streamed
 from cluster import Cluster
-from lines import EXPORTED_FIELDS, NDJSON_LINE
 from models import audit_events
-from pages import Selection, read_page
+from queries import exports, pages
+from queries.lines import EXPORTED_FIELDS, NDJSON_LINE
+from queries.pages import Selection, read_page
 from schemas import EventFilter
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}

@@ -10,7 +10,7 @@ from verify import assert_ledger_consistent
 
 from bench.generate import fill, plan_months, row_texts
 from db import Database
-from partitions import create_coming_months, seal_finished_months
+from housekeeping.partitions import create_coming_months, seal_finished_months
 
 NOW = datetime.now(UTC)
 DEFINITION = (

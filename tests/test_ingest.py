@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent
 
-import ingest
 from config import Settings
 from db import Database
-from housekeeping import purge_keys
+from housekeeping.rounds import purge_keys
+from ingest import writer
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
@@ -223,7 +223,7 @@ def test_the_future_begins_after_the_clocks_may_differ(own_client: httpx.Client,
 def test_a_full_queue_answers_503_at_once_and_drains(
     own_client: httpx.Client, database_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "MAX_QUEUED_EVENTS", 10)
+    monkeypatch.setattr(writer, "MAX_QUEUED_EVENTS", 10)
     engine = Database(database_url)
     with ThreadPoolExecutor(40) as pool:
         with engine.transaction() as connection:

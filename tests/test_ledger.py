@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 from verify import tree_hash
 
-import ledger
+from ledger import entries
 
 # The tree of certificate-transparency's reference tests: eight leaves, and the root at each size.
 LEAVES = [
@@ -126,7 +126,7 @@ _json = st.recursive(
 @settings(max_examples=2000, deadline=None)
 @given(_json)
 def test_canonical_json_is_rfc_8785_over_the_whole_input_space(value: Any) -> None:
-    assert ledger.canonical_json(value) == rfc8785.dumps(value)
+    assert entries.canonical_json(value) == rfc8785.dumps(value)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_canonical_json_is_rfc_8785_over_the_whole_input_space(value: Any) -> No
     ],
 )
 def test_canonical_json_where_encoders_differ(value: Any, canonical: str) -> None:
-    assert ledger.canonical_json(value) == canonical.encode()
+    assert entries.canonical_json(value) == canonical.encode()
 
 
 def test_the_personal_part_leaves_out_what_is_null_and_what_is_not_personal() -> None:
     event = {"actor": "a", "resource": None, "source_ip": None, "metadata": {"b": 1.0}, "tenant": "t"}
-    assert ledger.personal_part(event) == {"actor": "a", "metadata": {"b": 1.0}}
+    assert entries.personal_part(event) == {"actor": "a", "metadata": {"b": 1.0}}
     expected = hashlib.sha256(b"n" * 16 + b'{"actor":"a","metadata":{"b":1}}').digest()
-    assert ledger.hash_personal_part(b"n" * 16, ledger.personal_part(event)) == expected
+    assert entries.hash_personal_part(b"n" * 16, entries.personal_part(event)) == expected

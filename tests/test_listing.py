@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_queries import list_all, post_all, short_walks
+from test_filters import list_all, post_all, short_walks
 
 OLDEST = datetime(2026, 1, 1, tzinfo=UTC)
 TYPES = ("login", "order.create", "order.delete")

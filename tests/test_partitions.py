@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from db import Database
-from partitions import CREATION_LOCK, UPKEEP_LOCK, create_coming_months, seal_finished_months
+from housekeeping.partitions import CREATION_LOCK, UPKEEP_LOCK, create_coming_months, seal_finished_months
 from problems import DatabaseUnavailable
 
 MONTHS = """

@@ -13,12 +13,10 @@ import pytest
 from conftest import TEMPLATE, Server, execute
 from sqlalchemy import Engine, event
 
-import aggregates
-import listing
-import queries
 from db import Database
-from partitions import seal_finished_months
-from reader import Reader
+from housekeeping.partitions import seal_finished_months
+from queries import aggregates, listing, lookup
+from queries.reader import Reader
 from schemas import EventFilter, EventListing, HistogramQuery
 
 MONTHS, EVENTS_A_MONTH = 6, 6_000
@@ -214,7 +212,7 @@ def test_a_time_range_leaves_sealed_partitions_out(explained: tuple[Reader, Plan
 
 def test_an_id_leaves_sealed_partitions_out(explained: tuple[Reader, Plans]) -> None:
     reader, plans = explained
-    assert json.loads(queries.read_event(reader, EVENTS_A_MONTH + 1))["id"] == EVENTS_A_MONTH + 1
+    assert json.loads(lookup.read_event(reader, EVENTS_A_MONTH + 1))["id"] == EVENTS_A_MONTH + 1
     ran = plans.since()
     assert ran.partitions == 1
     assert ran.rows == 1

@@ -11,10 +11,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
 import migrations
-import reader as reader_module
 from cluster import Cluster
 from db import Database
-from reader import Reader
+from queries import reader as reader_module
+from queries.reader import Reader
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 QUERIES = [

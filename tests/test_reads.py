@@ -10,7 +10,7 @@ from conftest import eventually, execute, running_app, settings_for
 from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent
 
-import reads
+from ingest import reads
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 

@@ -12,8 +12,8 @@ from conftest import eventually, execute, running_app, settings_for
 from test_db import assert_unavailable
 
 import migrations
-import replica
 from cluster import Cluster
+from queries import replica
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 

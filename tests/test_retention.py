@@ -15,13 +15,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
-import holds
 from db import Database
-from housekeeping import do_round
+from housekeeping import holds
+from housekeeping.partitions import UPKEEP_LOCK, seal_finished_months
+from housekeeping.retention import apply_retention
+from housekeeping.rounds import do_round
 from models import audit_events
-from partitions import UPKEEP_LOCK, seal_finished_months
 from problems import DatabaseUnavailable
-from retention import apply_retention
 from schemas import LegalHoldIn
 from telemetry import Metrics
 

@@ -20,8 +20,8 @@ from sqlalchemy.engine import URL
 from test_db import assert_unavailable
 
 import migrations
-import stream
 from cluster import Cluster
+from queries import stream
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from ingest.parse import event_from_members
 from problems import InvalidFields, MalformedBody
-from schemas import EventIn, event_from_members
+from schemas import EventIn
 
 STRUCTURED = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"

@@ -11,9 +11,9 @@ from prometheus_client import Gauge
 from sqlalchemy import Connection, text
 
 from db import Database
-from pages import read_newest_id
 from problems import Problem
-from reader import Reader
+from queries.pages import read_newest_id
+from queries.reader import Reader
 from telemetry import Metrics
 
 logger = logging.getLogger("audit.replica")

@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import Row, func, insert, select, update
 
 from db import Database
+from ingest.records import SERVICE, record
 from models import legal_holds
 from problems import HoldNotFound
-from records import SERVICE, record
 from schemas import EventIn, LegalHoldFilter, LegalHoldIn
 
 _columns = legal_holds.c

@@ -30,12 +30,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.sql.visitors import replacement_traverse
 
-from lines import SSE_FRAME
 from models import audit_events
-from pages import Selection, read_newest_id, read_pages
 from problems import Problem, ShuttingDown, TooManyReaders
-from queries import conditions
-from reader import Reader
+from queries.filters import conditions
+from queries.lines import SSE_FRAME
+from queries.pages import Selection, read_newest_id, read_pages
+from queries.reader import Reader
 from schemas import EventFilter
 
 logger = logging.getLogger("audit.stream")

@@ -10,11 +10,11 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-import partitions
 from db import Database
-from ledger import format_timestamp
-from partitions import Partition
-from records import SERVICE, record
+from housekeeping import partitions
+from housekeeping.partitions import Partition
+from ingest.records import SERVICE, record
+from ledger.entries import format_timestamp
 from schemas import EventIn
 
 _NEWEST_KEPT = 256  # events, however old: the flush reads those of the tile under way again

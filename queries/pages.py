@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, Connection, Select, select, text
 
 from models import audit_events
 from problems import DatabaseUnavailable
-from queries import conditions
-from reader import Reader
+from queries.filters import conditions
+from queries.reader import Reader
 from schemas import EventFilter
 
 PAGE_BYTES = 4 * 1024 * 1024  # what a page of an export aims at; it ends at twice as much

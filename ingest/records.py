@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from psycopg2.extensions import connection as DriverConnection
 from sqlalchemy import Connection
 
-from append import append_submissions, prepare_event, submission_of
+from ingest.append import append_submissions, prepare_event, submission_of
 from schemas import EventIn
 
 SERVICE = "audit-service"  # the source of these events, and the actor of what nobody asked for

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from append import prepare_event
 from auth import Key
-from ingest import Writer
+from ingest.append import prepare_event
+from ingest.records import SERVICE
+from ingest.writer import Writer
 from problems import OutcomeUnknown, Problem, Unavailable
-from records import SERVICE
 from schemas import EventFilter, EventIn
 from telemetry import Metrics
 

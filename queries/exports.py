@@ -8,10 +8,10 @@ from contextlib import aclosing
 import orjson
 from prometheus_client import Gauge
 
-from lines import CSV_HEADER, CSV_LINE, EXPORTED_FIELDS, NDJSON_LINE
-from pages import Page, Selection, read_bounds, read_pages
 from problems import TooManyReaders
-from reader import Reader
+from queries.lines import CSV_HEADER, CSV_LINE, EXPORTED_FIELDS, NDJSON_LINE
+from queries.pages import Page, Selection, read_bounds, read_pages
+from queries.reader import Reader
 from schemas import ExportQuery
 
 MAX_OPEN_EXPORTS = 4  # in one process; each holds four pages

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import listing
+from queries import listing
 
 Event = dict[str, Any]
 Filters = dict[str, Any]

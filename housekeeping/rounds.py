@@ -10,9 +10,9 @@ from starlette.concurrency import run_in_threadpool
 
 from config import Settings
 from db import Database
-from partitions import create_coming_months, list_partitions, seal_finished_months
+from housekeeping.partitions import create_coming_months, list_partitions, seal_finished_months
+from housekeeping.retention import apply_retention
 from problems import Problem
-from retention import apply_retention
 from telemetry import Metrics
 
 logger = logging.getLogger("audit.housekeeping")

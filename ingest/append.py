@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from psycopg2.extensions import connection as Connection
 
-import ledger
+from ledger import entries
 from problems import IdempotencyConflict
 from schemas import EventIn
 
@@ -67,13 +67,13 @@ def prepare_event(event: EventIn, now: datetime) -> Prepared:
     """Hash the personal part and write the row; `now` stands in for a timestamp that was not sent."""
     row: dict[str, Any] = {name: value for name, value in event.__dict__.items() if value is not None}
     key = row.pop("idempotency_key", None)
-    timestamp = ledger.format_timestamp(event.timestamp or now)
+    timestamp = entries.format_timestamp(event.timestamp or now)
     if event.timestamp is not None:
         row["timestamp"] = timestamp
-    request_hash = None if key is None else sha256(ledger.canonical_json(row)).digest()
+    request_hash = None if key is None else sha256(entries.canonical_json(row)).digest()
     row["timestamp"] = timestamp
-    nonce = secrets.token_bytes(ledger.NONCE_BYTES)
-    row["personal_hash"] = ledger.hash_personal_part(nonce, ledger.personal_part(row)).hex()
+    nonce = secrets.token_bytes(entries.NONCE_BYTES)
+    row["personal_hash"] = entries.hash_personal_part(nonce, entries.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
     if request_hash is None:
         return Prepared(orjson.dumps(row), timestamp, None, None)
@@ -124,7 +124,7 @@ def append_submissions(
         row = cursor.fetchone()
     assert row is not None  # noqa: S101 - for mypy; the function returns one row
     recorded_at, next_id, ids, replayed, conflicting = row
-    moment = ledger.format_timestamp(recorded_at)
+    moment = entries.format_timestamp(recorded_at)
     outcomes = [
         _outcome(submission, moment, ids[start : start + size], _from(start, replayed), _from(start, conflicting))
         for submission, size, start in zip(submissions, sizes, accumulate(sizes, initial=0), strict=False)

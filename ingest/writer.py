@@ -20,9 +20,18 @@ from typing import Self
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
-import partitions
-from append import Appended, KeyConflict, Outcome, Prepared, Submission, append_submissions, conflict_at, submission_of
 from db import Database, is_outage, problem_of
+from housekeeping import partitions
+from ingest.append import (
+    Appended,
+    KeyConflict,
+    Outcome,
+    Prepared,
+    Submission,
+    append_submissions,
+    conflict_at,
+    submission_of,
+)
 from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem, QueueFull, ShuttingDown
 
 logger = logging.getLogger("audit.ingest")

@@ -7,12 +7,13 @@ from typing import Any
 from sqlalchemy import Row, Select, bindparam, func, literal, select, true, union
 from sqlalchemy.dialects.postgresql import INTERVAL
 
-from listing import find_edge
+from fields import Interval
 from models import audit_events
 from problems import InvalidFields
-from queries import conditions
-from reader import Reader
-from schemas import EventFilter, HistogramQuery, Interval, TopQuery
+from queries.filters import conditions
+from queries.listing import find_edge
+from queries.reader import Reader
+from schemas import EventFilter, HistogramQuery, TopQuery
 
 MAX_BUCKETS = 2_000
 

@@ -27,13 +27,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import array
 
-from cursors import Position, decode_cursor, encode_cursor
-from lines import EVENT_JSON
 from models import audit_events
-from queries import PATTERN_FIELDS, conditions, is_prefix, time_conditions, values_of
-from reader import DIALECT, Reader
+from queries.cursors import Position, decode_cursor, encode_cursor
+from queries.filters import PATTERN_FIELDS, conditions, is_prefix, time_conditions, values_of
+from queries.lines import EVENT_JSON
+from queries.reader import DIALECT, Reader
+from queries.seals import Seal, recorded_condition, recorded_values
 from schemas import EventFilter, EventListing
-from seals import Seal, recorded_condition, recorded_values
 
 WALKED_EVENTS = 5_000  # takes 4 ms
 DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less

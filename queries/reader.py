@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from db import CONNECT_ARGS, Database, problem_of
 from problems import DatabaseUnavailable, InternalError, InvalidFields, Problem, QueryTimeout
-from seals import SEALS, Seal, sealed_months
+from queries.seals import SEALS, Seal, sealed_months
 
 DIALECT = postgresql.psycopg2.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
 SEALS_MAX_AGE_S = 60.0

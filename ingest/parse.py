@@ -1,0 +1,55 @@
+"""Bodies as events: JSON, arrays and NDJSON, with errors that name each wrong field and the event that it is in."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from problems import InvalidFields, MalformedBody, field_errors
+from schemas import EventIn
+
+MAX_ERRORS = 100  # a batch of 10,000 wrong events needs no answer of megabytes
+
+_events: TypeAdapter[list[EventIn]] = TypeAdapter(list[EventIn])
+
+
+def parse_event(body: bytes) -> EventIn:
+    """One event from a JSON body; raises MalformedBody or InvalidFields, which names each wrong field."""
+    with _named_errors("body"):
+        return EventIn.model_validate_json(body)
+
+
+def parse_events(body: bytes) -> list[EventIn]:
+    """Events from a JSON array; an error's location has the event's index, like body.17.actor."""
+    with _named_errors("body"):
+        return _events.validate_json(body)
+
+
+def parse_event_lines(body: bytes) -> list[EventIn]:
+    """Events from NDJSON, one a line; empty lines are passed over. Errors name the line's index from 0."""
+    events: list[EventIn] = []
+    for index, line in enumerate(filter(None, map(bytes.strip, body.split(b"\n")))):
+        with _named_errors("body", str(index)):
+            events.append(EventIn.model_validate_json(line))
+    return events
+
+
+def event_from_members(members: dict[str, Any], names: Mapping[str, str], *location: str) -> EventIn:
+    """An event from parsed members; `names` turns a field's name into the one that the client knows."""
+    with _named_errors(*location, names=names):
+        return EventIn.model_validate(members)
+
+
+@contextmanager
+def _named_errors(*location: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        if errors[0]["type"] == "json_invalid":
+            raise MalformedBody(f"{'.'.join(location)}: {errors[0]['msg']}") from None
+        if names:
+            for each in errors:
+                each["loc"] = tuple(names.get(str(part), part) for part in each["loc"])
+        raise InvalidFields(errors=field_errors(errors[:MAX_ERRORS], *location)) from None

@@ -1,0 +1,42 @@
+"""One event by its id: of the log as it is being written, or as the readers see it."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, select
+
+from db import Database
+from models import audit_events
+from problems import EventNotFound
+from queries.lines import EVENT_JSON
+from queries.reader import DIALECT, Reader
+from queries.seals import recorded_condition, recorded_values
+
+_columns = audit_events.c
+
+
+def get_event(connection: Connection, event_id: int) -> Row[Any]:
+    """The event with this id; raises EventNotFound. Index: audit_events_pkey."""
+    row = connection.execute(select(audit_events).where(_columns.id == event_id)).one_or_none()
+    if row is None:
+        raise EventNotFound(f"There is no event with the id {event_id}.")
+    return row
+
+
+def find_event(database: Database, event_id: int) -> Row[Any]:
+    """get_event in a transaction of its own."""
+    with database.transaction() as connection:
+        return get_event(connection, event_id)
+
+
+# Index: audit_events_pkey, of the one sealed partition that may have the id, and of those that are not sealed.
+_EVENT = select(EVENT_JSON).where(_columns.id == bindparam("id"), recorded_condition(_columns.recorded_at))
+_EVENT_SQL = str(_EVENT.select_from(audit_events).compile(dialect=DIALECT))
+
+
+def read_event(reader: Reader, event_id: int) -> str:
+    """The event with this id, as JSON; raises EventNotFound."""
+    values = recorded_values(reader.seals(), lambda seal: seal.first_id <= event_id <= seal.last_id)
+    rows = reader.walk(_EVENT_SQL, {"id": event_id, **values})
+    if not rows:
+        raise EventNotFound(f"There is no event with the id {event_id}.")
+    return str(rows[0][0])
