@@ -23,7 +23,7 @@ from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import events, exports, holds, operations
+from routes import events, exports, holds, operations, redactions
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -107,6 +107,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(exports.router)  # before events: /events/{event_id} would take its paths
     app.include_router(events.router)
     app.include_router(holds.router)
+    app.include_router(redactions.router)
     app.include_router(operations.router)
     return app
 

@@ -90,7 +90,7 @@ async def _create_event(state: State, headers: Headers, receive: Receive, room: 
     location = (b"location", b"/events/%d" % event_id)
     if appended.replayed:
         return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id)
-    stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at}
+    stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at, "redacted_at": None}
     members = {**event.__dict__, **stored}
     return 201, [location], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
 

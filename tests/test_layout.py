@@ -19,7 +19,8 @@ LAYERS = [
     {"queries.aggregates", "queries.exports", "ingest.reads", "queries.replica", "queries.stream"},
     {"queries.pages", "queries.lookup"},
     {"queries.listing", "housekeeping.rounds"},
-    {"ingest.writer", "queries.filters", "auth", "telemetry", "housekeeping.holds", "housekeeping.retention"},
+    {"ingest.writer", "queries.filters", "auth", "telemetry"}
+    | {"housekeeping.holds", "housekeeping.redaction", "housekeeping.retention", "housekeeping.rewrite"},
     {"ingest.records"},
     {"ingest.append", "housekeeping.partitions", "ingest.cloudevents", "queries.cursors", "queries.lines"},
     {"ingest.parse"},
