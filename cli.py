@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from auth import api_key_in_force
 from config import ConfigurationError, Settings, load_settings
-from db import Database, open_database
+from db import Database, open_database, open_owner
 from housekeeping import holds, redaction, rewrite
 from problems import Problem
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, RedactionIn
@@ -109,7 +109,7 @@ def _on_redaction(settings: Settings, arguments: Namespace) -> int:
     """Count what would be erased and, with --yes, erase it and take it out of the files."""
     try:
         wanted = RedactionIn(**{name: getattr(arguments, name) for name in ("actor", "tenant", "ids", "reason")})
-        with open_database(settings) as database:
+        with open_database(settings) as service, open_owner(settings, service) as database:
             extent = redaction.measure(database, wanted, arguments.by)
             print(f"{len(extent.ids)} events to redact, {extent.held} kept by legal holds")
             if not arguments.yes:

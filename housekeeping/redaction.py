@@ -87,6 +87,7 @@ _ERASE_HOLDS = text(
     """
 )
 _ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
+_WAIT_S = 5.0  # for a round of housekeeping: most take less
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
 
 
@@ -113,7 +114,7 @@ def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: in
     itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
     """
     _check_record(database, wanted, by)
-    with database.exclusive_session(partitions.UPKEEP_LOCK) as session:
+    with database.exclusive_session(partitions.UPKEEP_LOCK, _WAIT_S) as session:
         if session is None:
             raise DatabaseUnavailable("Partitions are being looked after, or another redaction runs. Try again.")
         if any(not each.is_attached or each.is_detaching for each in partitions.list_partitions(session)):

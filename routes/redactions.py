@@ -24,7 +24,7 @@ def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
 
     Call again until `remaining` is 0. What was erased is recorded as `audit.redaction`. A legal hold keeps its events.
     """
-    database = request.app.state.database
+    database = request.app.state.owner
     if wanted.dry_run:
         extent = redaction.measure(database, wanted, caller.name)
         found = len(extent.ids)

@@ -22,7 +22,14 @@ LAYERS = [
     {"ingest.writer", "queries.filters", "auth", "telemetry"}
     | {"housekeeping.holds", "housekeeping.redaction", "housekeeping.retention", "housekeeping.rewrite"},
     {"ingest.records"},
-    {"ingest.append", "housekeeping.partitions", "ingest.cloudevents", "queries.cursors", "queries.lines"},
+    {
+        "ingest.append",
+        "housekeeping.partitions",
+        "housekeeping.privileges",
+        "ingest.cloudevents",
+        "queries.cursors",
+        "queries.lines",
+    },
     {"ingest.parse"},
     {"models", "schemas"},
     {"fields"},
