@@ -12,7 +12,7 @@ from tqdm import tqdm
 from auth import api_key_in_force
 from config import ConfigurationError, Settings, load_settings
 from db import Database, open_database, open_owner
-from housekeeping import holds, redaction, rewrite
+from housekeeping import adoption, holds, redaction, rewrite
 from problems import Problem
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, RedactionIn
 from server import serve_alone, serve_with_workers
@@ -26,6 +26,7 @@ def main() -> int:
     commands.add_parser("run", help="try it on this machine: migrate, serve, show the API key").set_defaults(run=run)
     _add_hold_commands(commands.add_parser("holds", help="place, list and release legal holds"))
     _add_redact_command(commands.add_parser("redact", help="erase personal data; a dry run without --yes"))
+    _add_ledger_commands(commands.add_parser("ledger", help="what is done with the Merkle tree"))
     arguments = parser.parse_args()
     try:
         return int(arguments.run(load_settings(), arguments))
@@ -139,6 +140,34 @@ def _redact(database: Database, wanted: RedactionIn, by: str, expected: int) -> 
         print(f"Erased, and still in the files of: {', '.join(due)}. See runbook.md, Redact.", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_ledger_commands(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("adopt", help="vouch for the rows from before the ledger").set_defaults(run=_on_adoption)
+
+
+def _on_adoption(settings: Settings, _: Namespace) -> int:
+    """Adopt the rows from before the ledger or, where that was done, check them: status 1 where they differ."""
+    try:
+        with open_database(settings) as service, open_owner(settings, service) as database:
+            with database.transaction() as connection:
+                recorded, count = adoption.find_adoption(connection), adoption.count_rows(connection)
+            with tqdm(total=count, unit=" rows", desc="hashing") as progress:
+                if recorded is not None:
+                    difference = adoption.check(database, recorded, progress.update)
+                else:
+                    difference, recorded = None, adoption.adopt(database, progress.update)
+    except Problem as problem:
+        print(f"audit-service: {problem.detail}", file=sys.stderr)
+        return 1
+    if recorded is None:
+        print("There is nothing to adopt: no row is older than the ledger.")
+    else:
+        print(f"Event {recorded.event_id} vouches for {recorded.count} rows, root {recorded.root.hex()}.")
+    if difference is not None:
+        print(f"audit-service: {difference}", file=sys.stderr)
+    return 0 if difference is None else 1
 
 
 def _banner(settings: Settings, api_key: str) -> str:

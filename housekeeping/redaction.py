@@ -15,6 +15,7 @@ from sqlalchemy import Connection, text
 from db import Database
 from fields import names
 from housekeeping import partitions
+from housekeeping.adoption import find_adoption
 from ingest.records import SERVICE, record
 from problems import DatabaseUnavailable, InvalidFields
 from schemas import EventIn, RedactionIn
@@ -141,6 +142,9 @@ def _check_record(database: Database, wanted: RedactionIn, by: str) -> None:
         return
     with database.transaction() as connection:
         actors = connection.scalars(_ACTORS, {"ids": wanted.ids}).all()
+        adoption = find_adoption(connection)
+    if adoption is not None and adoption.event_id in wanted.ids:
+        raise _refusal("ids", f"event {adoption.event_id} vouches for the adopted rows, and names nobody")
     if any(names(wanted.reason, actor) for actor in actors):
         raise _refusal("reason", "must not name the person: it is kept for ever")
 

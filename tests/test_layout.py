@@ -21,6 +21,7 @@ LAYERS = [
     {"queries.listing", "housekeeping.rounds"},
     {"ingest.writer", "queries.filters", "auth", "telemetry"}
     | {"housekeeping.holds", "housekeeping.redaction", "housekeeping.retention", "housekeeping.rewrite"},
+    {"housekeeping.adoption"},
     {"ingest.records"},
     {
         "ingest.append",
