@@ -165,6 +165,19 @@ def test_a_legal_hold_keeps_its_events(client: httpx.Client) -> None:
     assert "alice" not in everything
 
 
+def test_a_hold_placed_meanwhile_keeps_what_is_not_erased_yet(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    append_events(database, *[EVENT] * 5)
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    batches = redaction.redact(database, wanted, "root", "redactions/1")
+    assert next(batches) == 2
+    holds.place_hold(database, LegalHoldIn(tenant="acme", reason="Case 1"), "root")
+    assert list(batches) == [0, 0]
+    assert execute(database.url, "SELECT count(*) FROM audit_events WHERE redacted_at IS NOT NULL") == 2
+
+
 def test_recorded_reads_about_the_person_go_too(database_url: URL) -> None:
     with running_app(settings_for(database_url, audit_reads=True)) as client:
         post(client, EVENT)
