@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from db import Database
 from housekeeping import partitions
 
-# What everybody writes to is rewritten while they wait, some 3 s at this size. A larger month is, when it is over.
+# What everybody writes to is rewritten while they wait, some 2 s at this size. A larger month is, when it is over.
 _WAIT_S = 5.0  # for a round of housekeeping: most take less
 MOST_BYTES_IN_USE = 256 * 1024 * 1024
 
