@@ -22,7 +22,9 @@ Environment = Literal["production", "development"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 # The values that .env.example and countless tutorials carry. Everybody knows them.
-PLACEHOLDERS = frozenset({"change-me", "changeme", "change-me-too", "your-api-key", "your_api_key"})
+PLACEHOLDERS = frozenset(
+    {"change-me", "changeme", "change-me-too", "change-me-as-well", "your-api-key", "your_api_key"}
+)
 
 
 class ConfigurationError(Exception):
@@ -35,6 +37,7 @@ class Settings:
 
     environment: Environment = "production"
     database_url: URL | None = field(default=None, repr=False)  # None: the embedded server
+    database_owner_url: URL | None = field(default=None, repr=False)  # None: the same role as database_url's
     database_read_url: URL | None = field(default=None, repr=False)  # None: reads go to the same database
     api_key: str | None = field(default=None, repr=False)
     data_dir: Path = ROOT / ".data"
@@ -66,6 +69,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     settings = Settings(
         environment=cast(Environment, environment),
         database_url=_read_database_url(read),
+        database_owner_url=_read_owner_url(read),
         database_read_url=_parse_url("DATABASE_READ_URL", read.text("DATABASE_READ_URL")),
         api_key=_read_api_key(read),
         data_dir=Path(read.text("DATA_DIR") or Settings.data_dir).absolute(),
@@ -82,6 +86,8 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
+    if settings.database_owner_url is not None and settings.database_url is None:
+        raise ConfigurationError("DATABASE_OWNER_URL: set, and DATABASE_URL, under which the service works, is not")
     if not settings.in_development:
         _refuse_placeholders(settings)
     return settings
@@ -101,6 +107,16 @@ def _read_database_url(read: "_Reader") -> URL | None:
             database=read.text("DB_NAME") or "audit",
         )
     return None
+
+
+def _read_owner_url(read: "_Reader") -> URL | None:
+    """DATABASE_OWNER_URL wins; else, with DB_OWNER_USER, the DB_ parts with that user; else None."""
+    if url := _parse_url("DATABASE_OWNER_URL", read.text("DATABASE_OWNER_URL")):
+        return url
+    user, database = read.text("DB_OWNER_USER"), _read_database_url(read)
+    if user is None or database is None or read.text("DATABASE_URL"):
+        return None
+    return database._replace(username=user, password=read.text("DB_OWNER_PASSWORD"))
 
 
 def _parse_url(name: str, text: str | None) -> URL | None:
@@ -125,7 +141,12 @@ def _read_api_key(read: "_Reader") -> str | None:
 
 def _refuse_placeholders(settings: Settings) -> None:
     secrets = {"API_KEY": settings.api_key}
-    for name, url in {"DB_PASSWORD": settings.database_url, "DATABASE_READ_URL": settings.database_read_url}.items():
+    urls = {
+        "DB_PASSWORD": settings.database_url,
+        "DB_OWNER_PASSWORD": settings.database_owner_url,
+        "DATABASE_READ_URL": settings.database_read_url,
+    }
+    for name, url in urls.items():
         secrets[name] = url.password if url is not None else None
     for name, value in secrets.items():
         if value in PLACEHOLDERS:

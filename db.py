@@ -6,6 +6,7 @@ as the problem that says so, never as a driver's exception.
 
 import importlib.util
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -37,8 +38,13 @@ CONNECT_ARGS = {
 }
 
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN, _UNDEFINED_FUNCTION, _READ_ONLY = "42P01", "42703", "42883", "25006"
+_INSUFFICIENT_PRIVILEGE = "42501"
+_NO_PRIVILEGE_DETAIL = (
+    "The service's database role lacks a privilege. Set DATABASE_OWNER_URL, and run as that role: alembic upgrade head"
+)
 _READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
+_LOCK_INTERVAL_S = 0.1
 _THREADS = 10  # fewer than the connections of the pool, so that none waits for one
 
 Result = TypeVar("Result")
@@ -89,19 +95,22 @@ class Database:
             return migrations.head()
 
     @contextmanager
-    def exclusive_session(self, lock: int) -> Iterator[Connection | None]:
+    def exclusive_session(self, lock: int, wait_s: float = 0) -> Iterator[Connection | None]:
         """A session of its own, in autocommit and without a statement timeout, for work that takes its time.
 
-        Only one at a time, over all replicas, holds the advisory lock; the others get None. Raises what
-        transaction() raises, and DatabaseUnavailable where the session waits 5 s for somebody's lock.
+        Only one at a time, over all replicas, holds the advisory lock; the others get None, after waiting for it.
+        Raises what transaction() raises, and DatabaseUnavailable where the session waits 5 s for somebody's lock.
         """
         with self._translate_errors(), self.engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             self._require_schema(connection)
             connection.detach()  # from the pool: nobody gets it with these settings
-            if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock}):
-                yield None
-                return
+            deadline = time.monotonic() + wait_s
+            while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock}):
+                if time.monotonic() >= deadline:
+                    yield None
+                    return
+                time.sleep(_LOCK_INTERVAL_S)
             try:
                 connection.exec_driver_sql("SET statement_timeout = 0")
                 yield connection
@@ -162,6 +171,8 @@ def problem_of(error: psycopg2.Error) -> Problem:
         return SchemaNotReady()
     if error.pgcode == _READ_ONLY:
         return DatabaseUnavailable(_READ_ONLY_DETAIL)
+    if error.pgcode == _INSUFFICIENT_PRIVILEGE:
+        return DatabaseUnavailable(_NO_PRIVILEGE_DETAIL)
     return DatabaseUnavailable() if is_outage(error) else InternalError()
 
 
@@ -198,6 +209,26 @@ def embedded_binaries() -> Path:
             "Set one of them, or install requirements-dev.txt"
         )
     return Path(package.origin).parent / "pginstall" / "bin"
+
+
+@contextmanager
+def owner_url(settings: Settings) -> Iterator[URL]:
+    """The URL of the tables' owner: the one configured, or else the service's own."""
+    if settings.database_owner_url is not None:
+        yield settings.database_owner_url
+        return
+    with database_url(settings) as url:
+        yield url
+
+
+@contextmanager
+def open_owner(settings: Settings, database: Database) -> Iterator[Database]:
+    """The database, under the role that may change and drop events: its own, where one is configured."""
+    if settings.database_owner_url is None:
+        yield database
+        return
+    with closing(Database(settings.database_owner_url)) as owner:
+        yield owner
 
 
 @contextmanager

@@ -114,6 +114,12 @@ def _check_json(value: object, depth: int) -> None:
         raise ValueError(f"must not contain an integer beyond ±{MAX_SAFE_INTEGER}; send it as a string")
 
 
+def names(text: str, person: str) -> bool:
+    """Whether the text has the person's name in it, as a word or several, in whatever case."""
+    return re.search(rf"(?<!\w){re.escape(person.casefold())}(?!\w)", text.casefold()) is not None
+
+
+EventId = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
 Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_refuse_nul)]
 Text1024 = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_refuse_nul)]
 TraceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\z")]

@@ -15,7 +15,7 @@ import migrations
 import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
-from db import open_database, open_replica
+from db import open_database, open_owner, open_replica
 from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
@@ -23,7 +23,7 @@ from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import events, exports, holds, operations
+from routes import events, exports, holds, operations, redactions
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -73,16 +73,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
         app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
-        with open_database(app.state.settings) as database, open_replica(app.state.settings, database) as replica:
+        with (
+            open_database(app.state.settings) as database,
+            open_owner(app.state.settings, database) as owner,
+            open_replica(app.state.settings, database) as replica,
+        ):
             if app.state.settings.run_migrations:
-                migrations.upgrade(database.url)
+                migrations.upgrade(owner.url, database.url.username)
             app.state.database = database
+            app.state.owner = owner
             app.state.reader = Reader(replica, replica.url, app.state.settings.query_timeout)
             app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
             app.state.feed = Feed(app.state.reader, app.state.metrics.streams)
-            app.state.writer = Writer(database)
+            app.state.writer = Writer(database, owner)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
-            background = [asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))]
+            background = [asyncio.create_task(keep_house(owner, app.state.settings, app.state.metrics))]
             if replica is not database:
                 watch = ReplicaWatch(database, app.state.reader, app.state.metrics)
                 background.append(asyncio.create_task(watch.run()))
@@ -107,6 +112,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(exports.router)  # before events: /events/{event_id} would take its paths
     app.include_router(events.router)
     app.include_router(holds.router)
+    app.include_router(redactions.router)
     app.include_router(operations.router)
     return app
 

@@ -17,10 +17,11 @@ UPGRADE_COMMAND = "alembic upgrade head"
 _MIGRATION_LOCK = 0x6175646974  # "audit"
 
 
-def alembic_config(url: URL | None = None) -> Config:
-    """Alembic's configuration; env.py takes the URL from here, or else from the settings."""
+def alembic_config(url: URL | None = None, service_role: str | None = None) -> Config:
+    """Alembic's configuration; env.py takes the owner's URL and the service's role from here, or else the settings."""
     config = Config(str(ROOT / "alembic.ini"))
     config.attributes["url"] = url
+    config.attributes["service_role"] = service_role
     return config
 
 
@@ -58,9 +59,12 @@ def _current_revision(connection: Connection) -> str | None:
     return revision
 
 
-def upgrade(url: URL) -> None:
-    """Migrate to head. Safe to call from every replica at once: env.py lets one through at a time."""
-    command.upgrade(alembic_config(url), "head")
+def upgrade(url: URL, service_role: str | None = None) -> None:
+    """Migrate to head as the owner, and give the service's role its privileges.
+
+    Safe to call from every replica at once: env.py lets one through at a time.
+    """
+    command.upgrade(alembic_config(url, service_role), "head")
 
 
 def take_migration_lock(connection: Connection) -> None:

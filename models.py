@@ -83,7 +83,7 @@ idempotency_keys = Table(
     Column("tenant", Text, nullable=False),
     Column("key", Text, nullable=False),
     Column("event_id", BigInteger, nullable=False),
-    Column("request_hash", LargeBinary, nullable=False),
+    Column("request_hash", LargeBinary),  # NULL: the event was redacted
     Column("recorded_at", DateTime(timezone=True), nullable=False),
     PrimaryKeyConstraint("tenant", "key", name="idempotency_keys_pkey"),
     Index("idempotency_keys_recorded_at", "recorded_at"),
@@ -106,6 +106,16 @@ legal_holds = Table(
     PrimaryKeyConstraint("id", name="legal_holds_pkey"),
     CheckConstraint("num_nonnulls(tenant, actor, resource) > 0", name="legal_holds_name_whose_events"),
     CheckConstraint("(released_at IS NULL) = (released_by IS NULL)", name="legal_holds_are_released_by_somebody"),
+)
+
+# Tables whose files still hold what was erased, for PostgreSQL overwrites nothing; and the newest transaction, as a
+# number of 64 bits, that erased something there.
+rewrites_due = Table(
+    "rewrites_due",
+    metadata,
+    Column("relation", Text, nullable=False),
+    Column("erased_by", BigInteger, nullable=False),
+    PrimaryKeyConstraint("relation", name="rewrites_due_pkey"),
 )
 
 _columns = audit_events.c

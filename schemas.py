@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints, model_validator
 
 from fields import (
+    EventId,
     Interval,
     IpAddress,
     IpNetwork,
@@ -20,6 +21,7 @@ from fields import (
     TimestampOut,
     TimeZone,
     TraceId,
+    names,
 )
 
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
@@ -37,6 +39,7 @@ _EVENT_EXAMPLE: dict[str, Any] = {
     "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
     "metadata": {"amount": 99.5, "currency": "EUR"},
 }
+_STORED_EXAMPLE = {"id": 1, **_EVENT_EXAMPLE, "recorded_at": "2026-11-24T09:30:00.012345Z", "redacted_at": None}
 
 
 class EventIn(BaseModel):
@@ -68,10 +71,7 @@ class EventIn(BaseModel):
 class Event(BaseModel):
     """An event as it stands in the log."""
 
-    model_config = ConfigDict(
-        from_attributes=True,
-        json_schema_extra={"examples": [{"id": 1, **_EVENT_EXAMPLE, "recorded_at": "2026-11-24T09:30:00.012345Z"}]},
-    )
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"examples": [_STORED_EXAMPLE]})
 
     id: int = Field(description="Position in the log: 1, 2, 3 … in the order of commits")
     event_type: str
@@ -85,6 +85,9 @@ class Event(BaseModel):
     source_ip: str | None
     trace_id: str | None
     metadata: dict[str, Any] | None
+    redacted_at: TimestampOut | None = Field(
+        description="When actor, resource, source_ip and metadata were erased; null where they were not"
+    )
 
 
 PUBLIC_FIELDS = tuple(Event.model_fields)
@@ -254,6 +257,42 @@ class LegalHoldFilter(BaseModel):
     active: bool | None = Field(None, description="true: those in force; false: those released; left out: both")
     after: int = Field(0, ge=0, lt=2**63, description="`next_after` of the page before")
     limit: int = Field(100, ge=1, le=1000)
+
+
+class RedactionIn(BaseModel):
+    """Whose personal data to erase: that of all events of an actor, or of single events."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"actor": "alice", "reason": "Request 2026-31"}]}
+    )
+
+    actor: Text255 | None = Field(None, description="The person: every event that has it as its actor")
+    tenant: Text255 | None = Field(None, description="With actor: only in this tenant's events")
+    ids: Annotated[list[EventId], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Instead of actor: the events with these ids"
+    )
+    reason: Text1024 = Field(description="Kept for ever, so it must not name the person")
+    dry_run: bool = Field(True, description="Count, and erase nothing")
+
+    @model_validator(mode="after")
+    def _check_subject(self) -> "RedactionIn":
+        if (self.actor is None) == (self.ids is None):
+            raise ValueError("name either an actor or ids")
+        if self.tenant is not None and self.actor is None:
+            raise ValueError("tenant goes with actor")
+        if self.actor is not None and names(self.reason, self.actor):
+            raise ValueError("reason must not name the person: it is kept for ever")
+        return self
+
+
+class Redaction(BaseModel):
+    """What one call erased, or would erase."""
+
+    redaction: str | None = Field(description="`resource` of the events that record it; null of a dry run")
+    dry_run: bool
+    count: int = Field(description="Events whose personal data this call erased, or would erase")
+    held: int = Field(description="Events that a legal hold keeps as they are")
+    remaining: int = Field(description="Events still to be erased: call again until it is 0")
 
 
 class BatchReceipt(BaseModel):

@@ -11,7 +11,8 @@ from sqlalchemy.pool import NullPool
 
 from alembic import context
 from config import load_settings
-from db import database_url
+from db import owner_url
+from housekeeping.privileges import RoleMissing, grant_privileges
 from migrations import take_migration_lock
 from models import metadata
 
@@ -21,13 +22,15 @@ _OPTIONS = "-c timezone=UTC -c lock_timeout=5s -c statement_timeout=0 -c idle_in
 
 
 @contextmanager
-def _url() -> Iterator[URL]:
-    url = context.config.attributes.get("url")
-    if url is not None:
-        yield url
+def _target() -> Iterator[tuple[URL, str | None]]:
+    """The owner's URL, and the service's role where there is one beside it."""
+    attributes = context.config.attributes
+    if attributes.get("url") is not None:
+        yield attributes["url"], attributes.get("service_role")
         return
-    with database_url(load_settings()) as configured:
-        yield configured
+    settings = load_settings()
+    with owner_url(settings) as configured:
+        yield configured, settings.database_url.username if settings.database_url is not None else None
 
 
 def _include_name(name: str | None, type_: str, parent_names: object) -> bool:
@@ -47,6 +50,16 @@ def _migrate(connection: Connection) -> None:
         context.run_migrations()
 
 
+def _grant(connection: Connection, service_role: str) -> None:
+    try:
+        warning = grant_privileges(connection, service_role)
+    except RoleMissing as error:
+        raise SystemExit(str(error)) from None
+    connection.commit()
+    if warning:
+        logging.getLogger("audit.migrations").warning(warning)
+
+
 if not logging.getLogger().handlers:  # run by hand: say what happens, in plain lines
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("alembic.runtime.migration").setLevel(logging.INFO)
@@ -54,9 +67,11 @@ if not logging.getLogger().handlers:  # run by hand: say what happens, in plain 
 if context.is_offline_mode():
     raise SystemExit("--sql is not supported: the migrations look at the database to adopt and to resume.")
 
-with _url() as url:
+with _target() as (url, service_role):
     engine = create_engine(url, poolclass=NullPool, connect_args={"options": _OPTIONS, "connect_timeout": 10})
     # The lock has a connection of its own: the migrations end transactions, and sessions, as they please.
     with engine.connect() as lock_holder, engine.connect() as connection:
         take_migration_lock(lock_holder)
         _migrate(connection)
+        if service_role is not None:
+            _grant(connection, service_role)

@@ -1,1 +1,1 @@
-"""What the service does in the background: partitions, retention under legal holds, old keys."""
+"""What the service does in the background: partitions, retention under legal holds, redaction, old keys."""

@@ -12,6 +12,7 @@ from config import Settings
 from db import Database
 from housekeeping.partitions import create_coming_months, list_partitions, seal_finished_months
 from housekeeping.retention import apply_retention
+from housekeeping.rewrite import rewrite_erased
 from problems import Problem
 from telemetry import Metrics
 
@@ -43,6 +44,7 @@ def do_round(database: Database, settings: Settings, metrics: Metrics, now: date
         lambda: _create_months(database),
         lambda: _seal_months(database),
         lambda: _apply_retention(database, settings, metrics, now),
+        lambda: _rewrite_erased(database),
         lambda: _purge_keys(database, settings),
         lambda: _measure(database, metrics),
     ]
@@ -75,6 +77,11 @@ def _apply_retention(database: Database, settings: Settings, metrics: Metrics, n
     for partition in apply_retention(database, settings.retention, now):
         metrics.partitions_dropped.inc()
         logger.info("dropped partition %s, which had expired", partition)
+
+
+def _rewrite_erased(database: Database) -> None:
+    for relation in rewrite_erased(database):
+        logger.info("rewrote %s, in which personal data was erased", relation)
 
 
 def _purge_keys(database: Database, settings: Settings) -> None:

@@ -97,8 +97,9 @@ class Room:
 class Writer:
     """Appends events to the log of one database. Made and used on the event loop; `stop` ends its thread."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, owner: Database) -> None:
         self._database = database
+        self._owner = owner  # who makes a month that is missing
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
@@ -198,7 +199,7 @@ class Writer:
             if _is_lost(error):
                 return self._resolve(piece)
             if _lacks_partition(error):
-                partitions.create_coming_months(self._database)
+                partitions.create_coming_months(self._owner)
             elif is_outage(error) or len(piece) == 1:
                 raise problem_of(error) from None
             middle = (len(piece) + 1) // 2

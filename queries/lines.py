@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Text, literal_column
 
 from schemas import PUBLIC_FIELDS
 
-EXPORTED_FIELDS = tuple(dict.fromkeys((*PUBLIC_FIELDS, "nonce", "personal_hash", "redacted_at")))
+EXPORTED_FIELDS = tuple(dict.fromkeys((*PUBLIC_FIELDS, "nonce", "personal_hash")))
 CSV_HEADER = ",".join(EXPORTED_FIELDS) + "\r\n"
 
 _CLIENT_TEXTS = frozenset({"event_type", "actor", "tenant", "resource", "source"})

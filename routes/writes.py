@@ -17,6 +17,7 @@ from auth import presented_key
 from ingest import cloudevents
 from ingest.append import Appended, Prepared, prepare_event
 from ingest.parse import parse_event, parse_event_lines, parse_events
+from ingest.records import SERVICE
 from problems import BodyTooLarge, InvalidFields, Problem, UnsupportedMediaType
 from queries import lookup
 from schemas import PUBLIC_FIELDS, Event, EventIn
@@ -90,7 +91,7 @@ async def _create_event(state: State, headers: Headers, receive: Receive, room: 
     location = (b"location", b"/events/%d" % event_id)
     if appended.replayed:
         return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id)
-    stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at}
+    stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at, "redacted_at": None}
     members = {**event.__dict__, **stored}
     return 201, [location], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
 
@@ -129,6 +130,7 @@ def _limited(events: list[EventIn]) -> list[EventIn]:
 
 def _prepare(state: State, events: Sequence[EventIn]) -> list[Prepared]:
     now = datetime.now(UTC)
+    _refuse_our_own_source(events)
     _refuse_the_future(events, now + state.settings.max_clock_skew)
     return [prepare_event(event, now) for event in events]
 
@@ -153,6 +155,20 @@ def _refuse_the_future(events: Sequence[EventIn], latest: datetime) -> None:
         }
         for index, event in enumerate(events)
         if event.timestamp is not None and event.timestamp > latest
+    ]
+    if errors:
+        raise InvalidFields(errors=errors)
+
+
+def _refuse_our_own_source(events: Sequence[EventIn]) -> None:
+    """What the service says of itself must be its own word: verification and redaction go by it."""
+    errors = [
+        {
+            "location": "body.source" if len(events) == 1 else f"body.{index}.source",
+            "message": f"{SERVICE} is the service itself",
+        }
+        for index, event in enumerate(events)
+        if event.source == SERVICE
     ]
     if errors:
         raise InvalidFields(errors=errors)

@@ -56,7 +56,7 @@ def test_every_field_comes_back_as_sent(client: httpx.Client) -> None:
     event = post(client, FULL).json()
     assert event.pop("id") == 1
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", event.pop("recorded_at"))
-    assert event == {**FULL, "timestamp": "2026-01-02T01:04:05.678901Z"}
+    assert event == {**FULL, "timestamp": "2026-01-02T01:04:05.678901Z", "redacted_at": None}
 
 
 def test_ids_are_dense_and_a_refused_event_takes_none(client: httpx.Client) -> None:

@@ -25,6 +25,7 @@ MONTHS = """
     WHERE oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'audit_events'::regclass)
       AND relname <> 'audit_events_adopted'
 """
+REDACTION = "actor = '[redacted]', nonce = NULL, redacted_at = now()"
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
 
@@ -184,7 +185,7 @@ def test_a_sealed_month_takes_no_late_row_and_keeps_redaction_possible(database_
     row = "INSERT INTO {0} SELECT 777, event_type, actor, timestamp, recorded_at FROM {0} LIMIT 1"
     with pytest.raises(Exception, match="audit_events_month_is_over"):
         execute(database_url, row.format(first))
-    execute(database_url, f"UPDATE {first} SET redacted_at = now() WHERE id = 1")
+    execute(database_url, f"UPDATE {first} SET {REDACTION} WHERE id = 1")
 
 
 def test_sealing_resumes_wherever_it_was_interrupted(database_url: URL, database: Database) -> None:

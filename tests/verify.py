@@ -41,10 +41,20 @@ def tree_hash(hashes: list[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + tree_hash(hashes[:split]) + tree_hash(hashes[split:])).digest()
 
 
-def leaf_of(row: dict[str, Any]) -> bytes:
+def personal_hash_of(row: dict[str, Any]) -> bytes:
+    """What the row commits to; of a redacted one nothing is left to recompute it from."""
+    stored = bytes(row["personal_hash"])
     personal = {name: row[name] for name in ("actor", "resource", "source_ip", "metadata") if row[name] is not None}
-    personal_hash = hashlib.sha256(bytes(row["nonce"]) + rfc8785.dumps(doubles(personal))).digest()
-    assert personal_hash == bytes(row["personal_hash"]), f"event {row['id']}: {personal!r} does not recompute"
+    if row["redacted_at"] is not None:
+        assert (personal, row["nonce"]) == ({"actor": "[redacted]"}, None), f"event {row['id']} is redacted in part"
+        return stored
+    computed = hashlib.sha256(bytes(row["nonce"]) + rfc8785.dumps(doubles(personal))).digest()
+    assert computed == stored, f"event {row['id']}: {personal!r} does not recompute"
+    return stored
+
+
+def leaf_of(row: dict[str, Any]) -> bytes:
+    personal_hash = personal_hash_of(row)
     names = ("id", "event_type", "tenant", "outcome", "source", "trace_id")
     entry: dict[str, Any] = {name: row[name] for name in names if row[name] is not None}
     entry |= {name: moment(row[name]) for name in ("timestamp", "recorded_at")}

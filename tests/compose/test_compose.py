@@ -13,7 +13,7 @@ from conftest import copy_of_the_project, eventually, free_port
 
 from config import ROOT
 
-SECRETS = ("change-me", "change-me-too")
+SECRETS = ("change-me", "change-me-too", "change-me-as-well")
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
 
@@ -60,6 +60,10 @@ class Stack:
     def in_service(self, *command: str) -> str:
         return self.compose("exec", "-T", "audit-service", *command).stdout.strip()
 
+    def as_service_role(self, statement: str) -> subprocess.CompletedProcess[str]:
+        psql = 'PGPASSWORD=change-me-too psql --host=127.0.0.1 --username=audit_service --command="$1" "$POSTGRES_DB"'
+        return self.compose("exec", "-T", "audit-postgres", "sh", "-c", psql, "sh", statement, check=False)
+
     def inspect(self, service: str, template: str) -> str:
         container = self.compose("ps", "-q", service).stdout.strip()
         return subprocess.check_output(["docker", "inspect", "--format", template, container], text=True).strip()
@@ -105,6 +109,12 @@ def test_the_walk_of_the_readme(stack: Stack) -> None:
     assert response.status_code == 201
     assert stack.client.get(response.headers["Location"]).json() == response.json()
     assert stack.in_service("alembic", "check") == "No new upgrade operations detected."
+
+    # The role under which it works can neither change nor delete events.
+    for statement in ("UPDATE audit_events SET actor = 'eve'", "DELETE FROM audit_events", "TRUNCATE audit_events"):
+        refused = stack.as_service_role(statement)
+        assert refused.returncode != 0
+        assert "permission denied for table audit_events" in refused.stderr
 
     # As little as it needs: no root, no writable root file system, no capabilities, healthy.
     assert stack.in_service("id", "-u") == "10001"

@@ -1,0 +1,206 @@
+"""Redaction: personal data is erased from events, and their entries, tiles and proofs stay what they were.
+
+An entry holds a salted hash of the personal part; with the nonce gone it cannot be guessed at. Each batch is one
+transaction with the event that records it, so whatever was interrupted is done again by asking again. rewrite.py
+then takes the old bytes out of the database's files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+import orjson
+from sqlalchemy import Connection, text
+
+from db import Database
+from fields import names
+from housekeeping import partitions
+from housekeeping.adoption import find_adoption
+from ingest.records import SERVICE, record
+from problems import DatabaseUnavailable, InvalidFields
+from schemas import EventIn, RedactionIn
+
+REDACTED = "[redacted]"
+BATCH_EVENTS = 1_000  # some 50 ms; the head is locked for the last of them
+
+# The events of an actor. Those of the service's own that name it were about it: a legal hold, a recorded read.
+# Indexes: audit_events_actor_timestamp_id, audit_events_metadata; by ids: audit_events_pkey.
+_BY_ACTOR = """
+    (event.actor = :actor AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant)
+     OR event.source = :service AND event.metadata @> ANY (CAST(:about AS jsonb[])))
+"""
+_BY_IDS = "event.id = ANY (CAST(:ids AS bigint[]))"
+# A hold in force keeps what it names, and the events that say of whom it is.
+_IS_HELD = """
+    EXISTS (
+        SELECT FROM legal_holds AS hold WHERE hold.released_at IS NULL AND (
+            (hold.tenant IS NULL OR hold.tenant = event.tenant) AND (hold.actor IS NULL OR hold.actor = event.actor)
+            AND (hold.resource IS NULL OR hold.resource = event.resource)
+            OR event.source = :service AND event.resource = 'legal-holds/' || hold.id
+        )
+    )
+"""
+_FIND = """
+    SELECT event.id, {held} AS is_held FROM audit_events AS event
+    WHERE {subject} AND event.redacted_at IS NULL ORDER BY event.id
+"""
+# By ids in their order. The request's hash goes too: from what a request says, few guesses would find it.
+# Indexes: audit_events_pkey, idempotency_keys_recorded_at: a key has its event's moment.
+_ERASE = text(
+    f"""
+    WITH erased AS (
+        UPDATE audit_events AS event
+        SET actor = :redacted, resource = NULL, source_ip = NULL, metadata = NULL, nonce = NULL, redacted_at = now()
+        WHERE {_BY_IDS} AND event.redacted_at IS NULL AND NOT {_IS_HELD}
+        RETURNING event.id, event.recorded_at, event.tableoid::regclass::text AS relation
+    ), forgotten AS (
+        UPDATE idempotency_keys AS key SET request_hash = NULL FROM erased
+        WHERE key.recorded_at = erased.recorded_at AND key.event_id = erased.id AND key.request_hash IS NOT NULL
+        RETURNING key.event_id
+    ), due AS (
+        INSERT INTO rewrites_due (relation, erased_by)
+        SELECT relation, pg_current_xact_id()::text::bigint
+        FROM (SELECT relation FROM erased UNION SELECT 'idempotency_keys' FROM forgotten) AS touched
+        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+    )
+    SELECT count(*), min(id) AS first_id, max(id) AS last_id, now() AS redacted_at FROM erased
+    """  # noqa: S608 - put together from the constants above
+)
+# Released holds say of whom they were. They are few: no index.
+_ERASE_HOLDS = text(
+    """
+    WITH erased AS (
+        UPDATE legal_holds
+        SET actor = CASE WHEN actor = :actor THEN :redacted ELSE actor END,
+            resource = CASE WHEN actor = :actor THEN NULL ELSE resource END,
+            reason = CASE WHEN actor = :actor THEN :redacted ELSE reason END,
+            created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
+            released_by = CASE WHEN released_by = :actor THEN :redacted ELSE released_by END
+        WHERE released_at IS NOT NULL AND :actor IN (actor, created_by, released_by)
+        AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+        RETURNING id
+    ), due AS (
+        INSERT INTO rewrites_due (relation, erased_by)
+        SELECT DISTINCT 'legal_holds', pg_current_xact_id()::text::bigint FROM erased
+        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+    )
+    SELECT count(*) FROM erased
+    """
+)
+_ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
+_WAIT_S = 5.0  # for a round of housekeeping: most take less
+_RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The events that a redaction is about and that are not redacted yet."""
+
+    ids: Sequence[int]  # to be erased, in order
+    held: int  # kept by a legal hold
+
+
+def measure(database: Database, wanted: RedactionIn, by: str) -> Extent:
+    """What redact() would erase now; raises InvalidFields where it would."""
+    _check_record(database, wanted, by)
+    with database.transaction() as connection:
+        connection.exec_driver_sql(_RUNAWAY)
+        return _find(connection, wanted)
+
+
+def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: int | None = None) -> Iterator[int]:
+    """Erase the personal data of the events, `most` of them in this call; yield each batch's count when it is done.
+
+    `name` identifies it in the events `audit.redaction` that record it. Raises InvalidFields where the record would
+    itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
+    """
+    _check_record(database, wanted, by)
+    with database.exclusive_session(partitions.UPKEEP_LOCK, _WAIT_S) as session:
+        if session is None:
+            raise DatabaseUnavailable("Partitions are being looked after, or another redaction runs. Try again.")
+        if any(not each.is_attached or each.is_detaching for each in partitions.list_partitions(session)):
+            # Its events cannot be seen, and a legal hold may bring them back.
+            raise DatabaseUnavailable("A partition is on its way out. Try again in a minute.")
+        ids = _find(session, wanted).ids[:most]
+        for start in range(0, len(ids), BATCH_EVENTS):
+            yield _erase(database, ids[start : start + BATCH_EVENTS], wanted.reason, by, name)
+        if wanted.actor is not None and (most is None or len(ids) < most):
+            _erase_holds(database, wanted, by, name)
+
+
+def new_name() -> str:
+    """What identifies a redaction in its records: random, for anything made of the person could be guessed at."""
+    return f"redactions/{uuid4()}"
+
+
+def _check_record(database: Database, wanted: RedactionIn, by: str) -> None:
+    if wanted.actor in (SERVICE, REDACTED):
+        raise _refusal("actor", f"{wanted.actor} is nobody")
+    if wanted.actor == by:
+        raise _refusal("actor", "asks for it: somebody else must, for the record names who did")
+    if wanted.ids is None:
+        return
+    with database.transaction() as connection:
+        actors = connection.scalars(_ACTORS, {"ids": wanted.ids}).all()
+        adoption = find_adoption(connection)
+    if adoption is not None and adoption.event_id in wanted.ids:
+        raise _refusal("ids", f"event {adoption.event_id} vouches for the adopted rows, and names nobody")
+    if any(names(wanted.reason, actor) for actor in actors):
+        raise _refusal("reason", "must not name the person: it is kept for ever")
+
+
+def _refusal(field: str, message: str) -> InvalidFields:
+    return InvalidFields(errors=[{"location": f"body.{field}", "message": message}])
+
+
+def _find(connection: Connection, wanted: RedactionIn) -> Extent:
+    subject = _BY_IDS if wanted.actor is None else _BY_ACTOR
+    statement = text(_FIND.format(held=_IS_HELD, subject=subject))
+    values = {"service": SERVICE, "ids": wanted.ids, "actor": wanted.actor, "tenant": wanted.tenant}
+    rows = connection.execute(statement, {**values, "about": _about(wanted)}).all()
+    return Extent([event_id for event_id, is_held in rows if not is_held], sum(is_held for _, is_held in rows))
+
+
+def _about(wanted: RedactionIn) -> list[str]:
+    """What the metadata of the service's own events contains that are about this actor."""
+    if wanted.actor is None:
+        return []
+    tenant = {} if wanted.tenant is None else {"tenant": wanted.tenant}
+    hold = {"actor": wanted.actor, **tenant}
+    read = {"filters": {"actor": [wanted.actor], **tenant}}
+    return [orjson.dumps(members).decode() for members in (hold, read)]
+
+
+def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: str) -> int:
+    values = {"ids": list(ids), "redacted": REDACTED, "service": SERVICE}
+    with database.transaction() as connection:
+        # Whoever places a hold writes to this table: before us, and then we see it, or after the commit.
+        connection.exec_driver_sql("LOCK TABLE legal_holds IN SHARE MODE")
+        erased = connection.execute(_ERASE, values).mappings().one()
+        if erased["count"]:
+            content = {member: erased[member] for member in ("count", "first_id", "last_id")}
+            record(connection, _event(name, by, erased["redacted_at"], {**content, "reason": reason}))
+    return int(erased["count"])
+
+
+def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) -> None:
+    values = {"actor": wanted.actor, "tenant": wanted.tenant, "redacted": REDACTED}
+    with database.transaction() as connection:
+        moment = connection.scalar(text("SELECT now()"))
+        if count := connection.scalar(_ERASE_HOLDS, values):
+            record(connection, _event(name, by, moment, {"legal_holds": count, "reason": wanted.reason}))
+
+
+def _event(name: str, by: str, moment: object, metadata: dict[str, object]) -> EventIn:
+    """Its timestamp is the redacted_at of the events it tells of: that much stays when it is itself redacted."""
+    return EventIn.model_validate(
+        {
+            "event_type": "audit.redaction",
+            "actor": by,
+            "timestamp": moment,
+            "resource": name,
+            "outcome": "success",
+            "source": SERVICE,
+            "metadata": metadata,
+        }
+    )

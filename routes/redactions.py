@@ -1,0 +1,35 @@
+"""/redactions: erase personal data. Needs the scope admin."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from auth import Admin
+from housekeeping import redaction
+from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
+from schemas import Redaction, RedactionIn
+
+MOST_EVENTS_A_CALL = 10_000
+
+router = APIRouter(
+    prefix="/redactions",
+    tags=["redaction"],
+    responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),
+)
+
+
+@router.post("", response_model=Redaction)
+def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
+    """Erase the personal data of events, 10,000 at the most a call; a dry run unless `dry_run` is false.
+
+    Call again until `remaining` is 0. What was erased is recorded as `audit.redaction`. A legal hold keeps its events.
+    """
+    database = request.app.state.owner
+    if wanted.dry_run:
+        extent = redaction.measure(database, wanted, caller.name)
+        found = len(extent.ids)
+        return Redaction(redaction=None, dry_run=True, count=found, held=extent.held, remaining=found)
+    name = redaction.new_name()
+    count = sum(redaction.redact(database, wanted, caller.name, name, MOST_EVENTS_A_CALL))
+    left = redaction.measure(database, wanted, caller.name)
+    return Redaction(redaction=name, dry_run=False, count=count, held=left.held, remaining=len(left.ids))

@@ -1,0 +1,392 @@
+"""Redaction: personal data is gone from answers, tables and files; what the tree vouches for is what it was."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg2
+import pytest
+from conftest import API_KEY, execute, running_app, served, settings_for
+from months import append_events, fill_months
+from sqlalchemy import text
+from sqlalchemy.engine import URL
+from verify import assert_ledger_consistent, leaf_of
+
+import migrations
+from cluster import Cluster
+from config import ROOT
+from db import Database
+from housekeeping import holds, redaction, rewrite
+from housekeeping.partitions import detach, list_partitions, seal_finished_months
+from housekeeping.rounds import do_round
+from problems import DatabaseUnavailable, InternalError
+from schemas import LegalHoldIn, RedactionIn
+from telemetry import Metrics
+
+PERSONAL: dict[str, Any] = {
+    "actor": "alice-pfaffenhofen",
+    "resource": "customer/alice-resource",
+    "source_ip": "203.0.113.77",
+    "metadata": {"mail": "alice-mail@example.org"},
+}
+EVENT: dict[str, Any] = {"event_type": "LOGIN", "tenant": "acme", "outcome": "success", "source": "shop", **PERSONAL}
+BOB: dict[str, Any] = {"event_type": "LOGIN", "actor": "bob"}
+ERASED = {"actor": "[redacted]", "resource": None, "source_ip": None, "metadata": None}
+REASON = "Request 2026-31"
+
+
+def redact(client: httpx.Client, **members: Any) -> dict[str, Any]:
+    response = client.post("/redactions", json={"reason": REASON, **members})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def post(client: httpx.Client, *events: dict[str, Any]) -> list[int]:
+    response = client.post("/events/batch", json=list(events))
+    assert response.status_code == 201, response.text
+    ids: list[int] = response.json()["ids"]
+    return ids
+
+
+def get(client: httpx.Client, event_id: int) -> dict[str, Any]:
+    event: dict[str, Any] = client.get(f"/events/{event_id}").json()
+    return event
+
+
+def records(client: httpx.Client) -> list[dict[str, Any]]:
+    page = client.get("/events", params={"event_type": "audit.redaction", "order": "asc"}).json()
+    events: list[dict[str, Any]] = page["events"]
+    return events
+
+
+@pytest.fixture
+def database(database_url: URL) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()
+    assert_ledger_consistent(database_url)
+
+
+def test_a_dry_run_counts_and_changes_nothing(client: httpx.Client) -> None:
+    ids = post(client, EVENT, BOB, EVENT)
+    before = client.get("/events").json()
+    assert redact(client, actor=EVENT["actor"]) == {
+        "redaction": None,
+        "dry_run": True,
+        "count": 2,
+        "held": 0,
+        "remaining": 2,
+    }
+    assert redact(client, ids=[ids[1], 999])["count"] == 1
+    assert client.get("/events").json() == before
+
+
+def test_every_reader_says_redacted(client: httpx.Client) -> None:
+    ids = post(client, EVENT, BOB, EVENT)
+    answer = redact(client, actor=EVENT["actor"], dry_run=False)
+    assert (answer["count"], answer["held"], answer["remaining"]) == (2, 0, 0)
+    for event_id in (ids[0], ids[2]):
+        event = get(client, event_id)
+        assert event["redacted_at"] is not None
+        assert {name: event[name] for name in ERASED} == ERASED
+        assert (event["tenant"], event["outcome"], event["source"]) == ("acme", "success", "shop")
+    assert get(client, ids[1])["redacted_at"] is None
+    listed = client.get("/events", params={"actor": "[redacted]"}).json()["events"]
+    assert [event["id"] for event in listed] == [ids[2], ids[0]]
+    exported = [json.loads(line) for line in client.get("/events/export").text.splitlines()]
+    assert {name: exported[0][name] for name in (*ERASED, "nonce")} == {**ERASED, "nonce": None}
+    assert len(exported[0]["personal_hash"]) == 64
+    for path in ("/events", "/events/export", "/events/export?format=csv", "/events/top?field=actor"):
+        assert "alice" not in client.get(path).text
+
+
+def test_it_is_recorded_without_what_was_erased(client: httpx.Client) -> None:
+    ids = post(client, EVENT, BOB, EVENT)
+    answer = redact(client, actor=EVENT["actor"], dry_run=False)
+    (record,) = records(client)
+    assert (record["actor"], record["resource"]) == ("root", answer["redaction"])
+    assert record["metadata"] == {"count": 2, "first_id": ids[0], "last_id": ids[2], "reason": REASON}
+    assert record["timestamp"] == get(client, ids[0])["redacted_at"]
+
+
+def test_leaves_and_tiles_are_what_they_were(client: httpx.Client, _shared_app: tuple[httpx.Client, URL]) -> None:
+    url = _shared_app[1]
+    ids = post(client, *[EVENT, BOB] * 150)
+    leaves = [leaf_of(row) for row in _rows(url)]
+    stored = "SELECT string_agg(audit_leaf(audit_events), '' ORDER BY id) FROM audit_events WHERE id <= 300"
+    tiles = "SELECT string_agg(hashes, '' ORDER BY level, tile_index) FROM ledger_tiles"
+    before = bytes(execute(url, tiles))
+    assert bytes(execute(url, stored)) == b"".join(leaves)
+    assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == 150
+    assert [leaf_of(row) for row in _rows(url)[: len(ids)]] == leaves
+    assert bytes(execute(url, stored)) == b"".join(leaves)
+    assert bytes(execute(url, tiles)) == before
+
+
+def _rows(url: URL) -> list[dict[str, Any]]:
+    database = Database(url)
+    try:
+        with database.transaction() as connection:
+            rows = connection.execute(text("SELECT * FROM audit_events ORDER BY id")).mappings()
+            return [dict(row) for row in rows]
+    finally:
+        database.close()
+
+
+def test_of_two_tenants_one_is_meant(client: httpx.Client) -> None:
+    acme, other = post(client, EVENT, {**EVENT, "tenant": "other"})
+    assert redact(client, actor=EVENT["actor"], tenant="other", dry_run=False)["count"] == 1
+    assert get(client, acme)["actor"] == EVENT["actor"]
+    assert get(client, other)["actor"] == "[redacted]"
+
+
+def test_a_legal_hold_keeps_its_events(client: httpx.Client) -> None:
+    mine, held = post(client, {**EVENT, "resource": "case/0"}, {**EVENT, "resource": "case/1"})
+    hold = client.post("/legal-holds", json={"actor": EVENT["actor"], "resource": "case/1", "reason": "Case 1"}).json()
+    # The hold's own event names the person too, and stays for as long as the hold.
+    answer = redact(client, actor=EVENT["actor"], dry_run=False)
+    assert (answer["count"], answer["held"], answer["remaining"]) == (1, 2, 0)
+    assert get(client, mine)["actor"] == "[redacted]"
+    assert get(client, held)["actor"] == EVENT["actor"]
+    assert redact(client, ids=[held], dry_run=False)["held"] == 1
+
+    client.delete(f"/legal-holds/{hold['id']}")
+    assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == 2
+    released = client.get(f"/legal-holds/{hold['id']}").json()
+    assert (released["actor"], released["resource"], released["reason"]) == ("[redacted]", None, "[redacted]")
+    assert {"legal_holds": 1, "reason": REASON} in [record["metadata"] for record in records(client)]
+    everything = client.get("/events").text + client.get("/legal-holds").text
+    assert "alice" not in everything
+
+
+def test_a_hold_placed_meanwhile_keeps_what_is_not_erased_yet(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    append_events(database, *[EVENT] * 5)
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    batches = redaction.redact(database, wanted, "root", "redactions/1")
+    assert next(batches) == 2
+    holds.place_hold(database, LegalHoldIn(tenant="acme", reason="Case 1"), "root")
+    assert list(batches) == [0, 0]
+    assert execute(database.url, "SELECT count(*) FROM audit_events WHERE redacted_at IS NOT NULL") == 2
+
+
+def test_recorded_reads_about_the_person_go_too(database_url: URL) -> None:
+    with running_app(settings_for(database_url, audit_reads=True)) as client:
+        post(client, EVENT)
+        client.get("/events", params={"actor": EVENT["actor"]})
+    database = Database(database_url)
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    assert sum(redaction.redact(database, wanted, "root", "redactions/1")) == 2
+    database.close()
+    assert execute(database_url, "SELECT count(*) FROM audit_events WHERE audit_events::text LIKE '%alice%'") == 0
+    assert_ledger_consistent(database_url)
+
+
+def test_a_retry_makes_no_second_event_and_its_hash_is_gone(
+    client: httpx.Client, _shared_app: tuple[httpx.Client, URL]
+) -> None:
+    keyed = {**EVENT, "idempotency_key": "k1"}
+    first = client.post("/events", json=keyed).json()
+    bob = client.post("/events", json={**BOB, "idempotency_key": "k2"}).json()
+    redact(client, actor=EVENT["actor"], dry_run=False)
+    hashes = "SELECT array_agg(request_hash IS NULL ORDER BY key) FROM idempotency_keys"
+    assert execute(_shared_app[1], hashes) == [True, False]
+    for repeated in (keyed, {**keyed, "actor": "mallory"}):
+        answer = client.post("/events", json=repeated)
+        assert (answer.status_code, answer.headers["Idempotent-Replay"]) == (200, "true")
+        assert (answer.json()["id"], answer.json()["actor"]) == (first["id"], "[redacted]")
+    batch = client.post("/events/batch", json=[keyed, BOB]).json()
+    assert (batch["ids"], batch["replayed"]) == ([first["id"], bob["id"] + 2], 1)
+    assert client.post("/events", json={**BOB, "actor": "eve", "idempotency_key": "k2"}).status_code == 409
+
+
+def test_a_call_erases_so_many_and_the_next_goes_on(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("routes.redactions.MOST_EVENTS_A_CALL", 3)
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    post(client, *[EVENT] * 4)
+    answers = [redact(client, actor=EVENT["actor"], dry_run=False) for _ in range(3)]
+    assert [(answer["count"], answer["remaining"]) for answer in answers] == [(3, 1), (1, 0), (0, 0)]
+    assert [record["metadata"]["count"] for record in records(client)] == [2, 1, 1]
+
+
+def test_a_batch_whose_record_cannot_be_written_is_not_redacted(database: Database) -> None:
+    append_events(database, *[EVENT] * 2)
+    execute(database.url, "ALTER TABLE audit_events ADD CONSTRAINT none CHECK (event_type <> 'audit.redaction')")
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    with pytest.raises(InternalError):
+        list(redaction.redact(database, wanted, "root", "redactions/1"))
+    assert execute(database.url, "SELECT count(*) FROM audit_events WHERE redacted_at IS NOT NULL") == 0
+    execute(database.url, "ALTER TABLE audit_events DROP CONSTRAINT none")
+    assert sum(redaction.redact(database, wanted, "root", "redactions/1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "location"),
+    [
+        ({}, "body"),
+        ({"actor": "alice", "ids": [1]}, "body"),
+        ({"ids": [1], "tenant": "acme"}, "body"),
+        ({"actor": "alice", "reason": "The customer ALICE asked"}, "body"),
+        ({"ids": []}, "body.ids"),
+        ({"ids": [0.5]}, "body.ids.0"),
+        ({"ids": [2**63]}, "body.ids.0"),
+        ({"actor": ""}, "body.actor"),
+        ({"actor": "alice", "reason": ""}, "body.reason"),
+        ({"actor": "alice", "until": "2030"}, "body.until"),
+        ({"actor": "alice", "dry_run": "no"}, "body.dry_run"),
+        ({"actor": "audit-service"}, "body.actor"),
+        ({"actor": "[redacted]"}, "body.actor"),
+        ({"actor": "root"}, "body.actor"),
+    ],
+)
+def test_what_is_not_clear_is_refused_by_the_fields_name(
+    client: httpx.Client, members: dict[str, Any], location: str
+) -> None:
+    response = client.post("/redactions", json={"reason": REASON, **members})
+    assert response.status_code == 422
+    assert [error["location"] for error in response.json()["errors"]] == [location]
+
+
+def test_a_reason_must_not_name_whom_the_ids_belong_to(client: httpx.Client) -> None:
+    ids = post(client, EVENT)
+    response = client.post("/redactions", json={"ids": ids, "reason": f"For {EVENT['actor']}", "dry_run": False})
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["location"] == "body.reason"
+    assert "alice" not in response.text
+
+
+def test_redaction_needs_a_key(client: httpx.Client) -> None:
+    wrong = {"X-API-Key": "wrong"}
+    assert client.post("/redactions", json={"actor": "a", "reason": "b"}, headers=wrong).status_code == 401
+
+
+def test_events_of_a_partition_on_its_way_out_are_not_overlooked(database: Database) -> None:
+    first, *_ = fill_months(database, [EVENT] * 3, [BOB])
+    with database.exclusive_session(1) as connection:
+        assert connection is not None
+        (partition,) = [each for each in list_partitions(connection) if each.name == first]
+        detach(connection, partition)
+        with pytest.raises(DatabaseUnavailable, match="on its way out"):
+            list(redaction.redact(database, RedactionIn(actor="x", reason=REASON), "root", "redactions/1"))
+        connection.exec_driver_sql(f"ALTER TABLE audit_events ATTACH PARTITION {first} {partition.bounds}")
+        connection.exec_driver_sql(f"COMMENT ON TABLE {first} IS NULL")
+
+
+def test_sealed_months_are_redacted_and_rewritten(database: Database) -> None:
+    first, *_ = fill_months(database, [EVENT] * 3, [BOB])
+    list(seal_finished_months(database))
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    assert sum(redaction.redact(database, wanted, "root", "redactions/1")) == 3
+    assert rewrite.relations_due(database) == [first]
+    assert list(rewrite.rewrite_erased(database)) == [first]
+    assert rewrite.relations_due(database) == []
+
+
+def test_what_everybody_writes_to_is_rewritten_when_small_or_over(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_events(database, EVENT)
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    list(redaction.redact(database, wanted, "root", "redactions/1"))
+    (month,) = rewrite.relations_due(database)
+    monkeypatch.setattr("housekeeping.rewrite.MOST_BYTES_IN_USE", 0)
+    assert list(rewrite.rewrite_erased(database)) == []
+    assert rewrite.relations_due(database) == [month]
+    fill_months(database, [BOB])
+    append_events(database, BOB, recorded_at=_bound_of(database, month))
+    do_round(database, settings_for(database.url), Metrics(), _bound_of(database, month))
+    assert rewrite.relations_due(database) == []
+
+
+def _bound_of(database: Database, name: str) -> Any:
+    with database.transaction() as connection:
+        return next(each.upper_bound for each in list_partitions(connection) if each.name == name)
+
+
+def test_a_rewrite_is_done_when_no_open_transaction_can_see_the_old_rows(database: Database) -> None:
+    append_events(database, EVENT)
+    reader = psycopg2.connect(database.url.set(drivername="postgresql").render_as_string(hide_password=False))
+    reader.set_session(isolation_level="REPEATABLE READ")
+    reader.cursor().execute("SELECT txid_current()")
+    list(redaction.redact(database, RedactionIn(actor=EVENT["actor"], reason=REASON), "root", "redactions/1"))
+    assert list(rewrite.rewrite_erased(database)) == []
+    due = rewrite.relations_due(database)
+    assert len(due) == 2  # the month, and the planner's statistics
+    reader.close()
+    assert [*rewrite.rewrite_erased(database)] == due[:1]
+    assert rewrite.relations_due(database) == []
+
+
+def found_in_files(cluster: Cluster, *needles: bytes) -> set[bytes]:
+    """Which of them stand anywhere under the data directory, but for the WAL."""
+    execute(cluster.url(), "CHECKPOINT")
+    files = [path for path in cluster.data_dir.rglob("*") if path.is_file() and "pg_wal" not in path.parts]
+    return {needle for path in files for needle in needles if needle in path.read_bytes()}
+
+
+def test_nothing_is_left_in_files_and_logs(own_cluster: Cluster, tmp_path: Path) -> None:
+    own_cluster.create_database("audit")
+    url = own_cluster.url("audit")
+    migrations.upgrade(url)
+    log = tmp_path / "service.log"
+    with served(url, log, LOG_LEVEL="DEBUG", LOG_WRITES="true") as client:
+        events = [{**EVENT, "metadata": {"mail": f"alice-mail-{n}@example.org"}} for n in range(300)]
+        post(client, *[{**each, "idempotency_key": f"k{n}"} for n, each in enumerate(events)], *[BOB] * 300)
+        execute(url, "ANALYZE")
+        secrets = "SELECT nonce, (SELECT request_hash FROM idempotency_keys WHERE key = 'k0') FROM audit_events"
+        nonce, request_hash = _first_row(url, f"{secrets} WHERE id = 1")
+        needles = (b"alice-", nonce, request_hash)
+        assert found_in_files(own_cluster, *needles) == set(needles), "the search finds what is there"
+        client.get("/events", params={"actor": EVENT["actor"]})
+        assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == 300
+        database = Database(url)
+        assert "idempotency_keys" in list(rewrite.rewrite_erased(database))
+        database.close()
+        assert client.get("/events").status_code == 200
+    assert found_in_files(own_cluster, *needles) == set()
+    assert "alice" not in log.read_text()
+    assert API_KEY not in log.read_text()
+    assert_ledger_consistent(url)
+
+
+def _first_row(url: URL, statement: str) -> tuple[bytes, bytes]:
+    database = Database(url)
+    with database.transaction() as connection:
+        first, second = connection.execute(text(statement)).one()
+    database.close()
+    return bytes(first), bytes(second)
+
+
+def test_redaction_from_the_command_line(database: Database) -> None:
+    append_events(database, EVENT, BOB, EVENT)
+    holds.place_hold(database, LegalHoldIn(actor="bob", reason="Case 1"), "carol")
+    environment = {**os.environ, "DATABASE_URL": database.url.render_as_string(hide_password=False)}
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        command = [sys.executable, "cli.py", "redact", "--reason", REASON, "--by", "carol", *arguments]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout.splitlines(), result.stderr
+
+    status, said, _ = run("--actor", EVENT["actor"])
+    assert (status, said[0]) == (0, "2 events to redact, 0 kept by legal holds")
+    assert run("--id", "2")[1][0] == "0 events to redact, 1 kept by legal holds"
+    assert execute(database.url, "SELECT count(*) FROM audit_events WHERE redacted_at IS NOT NULL") == 0
+    status, said, progress = run("--actor", EVENT["actor"], "--yes")
+    assert status == 0, progress
+    assert said[1].startswith("Recorded as redactions/")
+    assert "redacting: 100%" in progress
+    assert "alice" not in progress
+    assert run("--actor", EVENT["actor"], "--yes")[1][0] == "0 events to redact, 0 kept by legal holds"
+    assert run("--actor", "carol")[::2] == (
+        1,
+        "audit-service: actor asks for it: somebody else must, for the record names who did\n",
+    )
+    assert run("--id", "1", "--tenant", "acme")[0] == 2
