@@ -23,7 +23,7 @@ from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import events, exports, holds, operations
+from routes import docs, events, exports, holds, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -101,6 +101,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="Audit service",
         summary="Who did what and when, kept so that nobody can quietly change it.",
         version="0.1.0",
+        docs_url=None,  # routes/docs.py has it, without a third party's host
+        redoc_url=None,
         lifespan=lifespan,
     )
     problems.install_handlers(app)
@@ -108,6 +110,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(events.router)
     app.include_router(holds.router)
     app.include_router(operations.router)
+    app.include_router(docs.router)
     return app
 
 
