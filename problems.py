@@ -10,10 +10,12 @@ Problem
 │   ├── EventNotFound          404
 │   └── HoldNotFound           404
 ├── MethodNotAllowed           405
+├── RequestTimeout             408
 ├── IdempotencyConflict        409
 ├── BodyTooLarge               413
 ├── UnsupportedMediaType       415
 ├── InvalidFields              422
+├── HeadTooLarge               431
 ├── InternalError              500
 └── Unavailable                503, with Retry-After
     ├── DatabaseUnavailable    503
@@ -106,6 +108,18 @@ class MethodNotAllowed(Problem):
     """This path does not answer that method."""
 
     status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class RequestTimeout(Problem):
+    """The request did not arrive in time: 10 s for its head, 60 s for its body. Nothing was stored."""
+
+    status, code, title = 408, "request-timeout", "Request timeout"
+
+
+class HeadTooLarge(Problem):
+    """The request's head has more than 100 fields or 65,536 bytes."""
+
+    status, code, title = 431, "head-too-large", "Head too large"
 
 
 class IdempotencyConflict(Problem):

@@ -16,10 +16,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from config import ConfigurationError, Settings
+from edge.connections import BoundedProtocol
 from main import create_app
 
 GRACE_PERIOD_S = 20  # for requests under way when the service is told to stop
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
             print(self._banner, flush=True)
 
 
-class OneWriteProtocol(HttpToolsProtocol):
+class OneWriteProtocol(BoundedProtocol):
     """uvicorn's protocol, which writes head and body apart; here both leave at the end of the loop's turn.
 
     The second system call, and the client's second wake-up, cost an eighth of the rate of POST /events.

@@ -22,7 +22,7 @@ LAYERS = [
     {"ingest.writer", "queries.filters", "auth", "telemetry", "housekeeping.holds", "housekeeping.retention"},
     {"ingest.records"},
     {"ingest.append", "housekeeping.partitions", "ingest.cloudevents", "queries.cursors", "queries.lines"},
-    {"ingest.parse"},
+    {"ingest.parse", "edge.connections"},
     {"models", "schemas"},
     {"fields"},
     {"ledger.entries", "queries.reader"},
