@@ -16,6 +16,7 @@ import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
 from db import open_database, open_replica
+from edge.limits import Limits
 from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
@@ -72,6 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
+        app.state.limits = Limits(app.state.settings.rate_limit)
         app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
         with open_database(app.state.settings) as database, open_replica(app.state.settings, database) as replica:
             if app.state.settings.run_migrations:

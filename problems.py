@@ -15,6 +15,8 @@ Problem
 ├── BodyTooLarge               413
 ├── UnsupportedMediaType       415
 ├── InvalidFields              422
+├── RateLimited                429, with Retry-After
+├── TooManyFailures            429, with Retry-After
 ├── HeadTooLarge               431
 ├── InternalError              500
 └── Unavailable                503, with Retry-After
@@ -114,6 +116,24 @@ class RequestTimeout(Problem):
     """The request did not arrive in time: 10 s for its head, 60 s for its body. Nothing was stored."""
 
     status, code, title = 408, "request-timeout", "Request timeout"
+
+
+class RateLimited(Problem):
+    """This key has made as many requests as RATE_LIMIT lets it. Nothing was stored; wait."""
+
+    status, code, title = 429, "rate-limited", "Rate limited"
+
+    def __init__(self, retry_after_s: int = 1, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__()
+        rate_fields = {name.decode(): value.decode() for name, value in fields}
+        self.headers = {"Retry-After": str(retry_after_s), **rate_fields}
+
+
+class TooManyFailures(Problem):
+    """This address presented too many keys that are not valid. Wait, whatever key comes next."""
+
+    status, code, title = 429, "too-many-failures", "Too many failures"
+    headers: Mapping[str, str] = {"Retry-After": "1"}
 
 
 class HeadTooLarge(Problem):

@@ -121,7 +121,7 @@ class Telemetry:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *added]
+                message["headers"] = [*message["headers"], *added, *scope["state"].get("rate_fields", ())]
             await send(message)
 
         try:

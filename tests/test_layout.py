@@ -28,7 +28,7 @@ LAYERS = [
     {"ledger.entries", "queries.reader"},
     {"queries.seals"},
     {"db"},
-    {"migrations", "cluster"},
+    {"migrations", "cluster", "edge.limits"},
     {"config", "problems"},
     {"edge.headers"},
 ]
