@@ -12,6 +12,7 @@ COPY --from=build /venv /venv
 WORKDIR /app
 COPY alembic.ini ./
 COPY alembic alembic
+COPY edge edge
 COPY housekeeping housekeeping
 COPY ingest ingest
 COPY ledger ledger

@@ -12,6 +12,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from config import ConfigurationError, Settings
+from edge.limits import Limits
 from problems import Forbidden, Unauthorized
 
 Scope = Literal["write", "read", "admin"]
@@ -78,14 +79,30 @@ _header = APIKeyHeader(name="X-API-Key", auto_error=False)
 _bearer = HTTPBearer(auto_error=False)
 
 
+def admit(scope: Any, headers: Mapping[bytes, bytes]) -> Key:
+    """The caller's key, within its limits; raises Unauthorized, RateLimited or TooManyFailures."""
+    state = scope["app"].state
+    limits: Limits = state.limits
+    address = scope["client"][0] if scope.get("client") else None
+    limits.refuse_after_failures(address)
+    presented = presented_key(headers)
+    try:
+        key: Key = state.authenticator.identify(presented)
+    except Unauthorized:
+        if presented is not None:
+            limits.record_failure(address)
+        raise
+    scope["state"]["key_name"] = key.name
+    if limits.rate is not None:
+        scope["state"]["rate_fields"] = limits.spend(key.name)
+    return key
+
+
 async def identify_caller(
     request: Request, header: Annotated[Any, Security(_header)], bearer: Annotated[Any, Security(_bearer)]
 ) -> Key:
     """The caller's key, from either header; raises Unauthorized."""
-    authenticator: Authenticator = request.app.state.authenticator
-    key = authenticator.identify(presented_key(dict(request.scope["headers"])))
-    request.state.key_name = key.name
-    return key
+    return admit(request.scope, dict(request.scope["headers"]))
 
 
 Caller = Annotated[Key, Security(identify_caller)]

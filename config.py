@@ -4,6 +4,7 @@ A variable in the environment wins over the same one in .env; an empty one count
 A wrong value stops the start with the variable's name, and never with its value.
 """
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -32,6 +33,14 @@ class ConfigurationError(Exception):
 
 
 @dataclass(frozen=True)
+class Rate:
+    """So many in so many seconds."""
+
+    count: int
+    seconds: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """What an operator can choose. Secrets are left out of the repr."""
 
@@ -51,6 +60,10 @@ class Settings:
     count_limit: int = 1_000_000
     retention: timedelta | None = None  # None: keep for ever
     audit_reads: bool = False
+    rate_limit: Rate | None = None  # requests a key, in each process
+    trusted_proxies: tuple[str, ...] = ()  # whose X-Forwarded-For and -Proto are believed
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
     log_level: LogLevel = "INFO"
     log_writes: bool = False
 
@@ -83,11 +96,17 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
         retention=read.days("RETENTION_DAYS"),
         audit_reads=read.boolean("AUDIT_READS"),
+        rate_limit=read.rate("RATE_LIMIT"),
+        trusted_proxies=read.networks("TRUSTED_PROXIES"),
+        tls_cert_file=read.file("TLS_CERT_FILE"),
+        tls_key_file=read.file("TLS_KEY_FILE"),
         log_level=cast(LogLevel, read.choice("LOG_LEVEL", Settings.log_level, get_args(LogLevel))),
         log_writes=read.boolean("LOG_WRITES"),
     )
     if settings.database_owner_url is not None and settings.database_url is None:
         raise ConfigurationError("DATABASE_OWNER_URL: set, and DATABASE_URL, under which the service works, is not")
+    if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
+        raise ConfigurationError("TLS_CERT_FILE: needs TLS_KEY_FILE beside it, and the other way round")
     if not settings.in_development:
         _refuse_placeholders(settings)
     return settings
@@ -192,6 +211,28 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
         unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
         return timedelta(**{unit: int(parts[1])})
+
+    def rate(self, name: str) -> Rate | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        parts = re.fullmatch(r"(\d{1,9})/([smh])", value, re.ASCII)
+        if parts is None or int(parts[1]) == 0:
+            raise ConfigurationError(f"{name}: must be a number and /s, /m or /h, like 1000/s")
+        return Rate(int(parts[1]), {"s": 1, "m": 60, "h": 3600}[parts[2]])
+
+    def networks(self, name: str) -> tuple[str, ...]:
+        given = tuple(filter(None, (part.strip() for part in (self.text(name) or "").split(","))))
+        try:
+            return tuple(str(ipaddress.ip_network(part)) for part in given)
+        except ValueError:
+            raise ConfigurationError(f"{name}: must be addresses or networks, like 10.0.0.7,10.1.0.0/16") from None
+
+    def file(self, name: str) -> str | None:
+        value = self.text(name)
+        if value is not None and not os.access(value, os.R_OK):
+            raise ConfigurationError(f"{name}: there is no file that can be read")
+        return value
 
     def days(self, name: str) -> timedelta | None:
         value = self.text(name)

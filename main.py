@@ -16,6 +16,7 @@ import problems
 from auth import Authenticator, api_key_in_force
 from config import Settings, load_settings
 from db import open_database, open_owner, open_replica
+from edge.limits import Limits
 from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
@@ -23,7 +24,7 @@ from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import events, exports, holds, operations, redactions
+from routes import docs, events, exports, holds, operations, redactions
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -72,6 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
+        app.state.limits = Limits(app.state.settings.rate_limit)
         app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
         with (
             open_database(app.state.settings) as database,
@@ -106,6 +108,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="Audit service",
         summary="Who did what and when, kept so that nobody can quietly change it.",
         version="0.1.0",
+        docs_url=None,  # routes/docs.py has it, without a third party's host
+        redoc_url=None,
         lifespan=lifespan,
     )
     problems.install_handlers(app)
@@ -114,6 +118,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(holds.router)
     app.include_router(redactions.router)
     app.include_router(operations.router)
+    app.include_router(docs.router)
     return app
 
 

@@ -10,10 +10,14 @@ Problem
 │   ├── EventNotFound          404
 │   └── HoldNotFound           404
 ├── MethodNotAllowed           405
+├── RequestTimeout             408
 ├── IdempotencyConflict        409
 ├── BodyTooLarge               413
 ├── UnsupportedMediaType       415
 ├── InvalidFields              422
+├── RateLimited                429, with Retry-After
+├── TooManyFailures            429, with Retry-After
+├── HeadTooLarge               431
 ├── InternalError              500
 └── Unavailable                503, with Retry-After
     ├── DatabaseUnavailable    503
@@ -106,6 +110,36 @@ class MethodNotAllowed(Problem):
     """This path does not answer that method."""
 
     status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class RequestTimeout(Problem):
+    """The request did not arrive in time: 10 s for its head, 60 s for its body. Nothing was stored."""
+
+    status, code, title = 408, "request-timeout", "Request timeout"
+
+
+class RateLimited(Problem):
+    """This key has made as many requests as RATE_LIMIT lets it. Nothing was stored; wait."""
+
+    status, code, title = 429, "rate-limited", "Rate limited"
+
+    def __init__(self, retry_after_s: int = 1, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__()
+        rate_fields = {name.decode(): value.decode() for name, value in fields}
+        self.headers = {"Retry-After": str(retry_after_s), **rate_fields}
+
+
+class TooManyFailures(Problem):
+    """This address presented too many keys that are not valid. Wait, whatever key comes next."""
+
+    status, code, title = 429, "too-many-failures", "Too many failures"
+    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class HeadTooLarge(Problem):
+    """The request's head has more than 100 fields or 65,536 bytes."""
+
+    status, code, title = 431, "head-too-large", "Head too large"
 
 
 class IdempotencyConflict(Problem):

@@ -16,10 +16,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from config import ConfigurationError, Settings
+from edge.connections import BoundedProtocol
 from main import create_app
 from telemetry import count_under_one_process_id
 
@@ -81,7 +81,10 @@ def _config(app: Any, settings: Settings, **options: Any) -> uvicorn.Config:
         http=OneWriteProtocol,
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        ssl_certfile=settings.tls_cert_file,
+        ssl_keyfile=settings.tls_key_file,
         server_header=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_PERIOD_S,
@@ -102,7 +105,7 @@ class _Server(uvicorn.Server):
             print(self._banner, flush=True)
 
 
-class OneWriteProtocol(HttpToolsProtocol):
+class OneWriteProtocol(BoundedProtocol):
     """uvicorn's protocol, which writes head and body apart; here both leave at the end of the loop's turn.
 
     The second system call, and the client's second wake-up, cost an eighth of the rate of POST /events.

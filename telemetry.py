@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import problems
 from config import Settings
+from edge.headers import headers_for
 
 logger = logging.getLogger("audit.access")
 
@@ -131,18 +132,18 @@ class Telemetry:
         started = time.perf_counter()
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        added = ((b"x-request-id", request_id.encode()), *headers_for(scope["path"]))
         status: int | None = None
 
-        async def send_with_request_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], header]
+                message["headers"] = [*message["headers"], *added, *scope["state"].get("rate_fields", ())]
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_request_id)
+            await self.app(scope, receive, send_with_headers)
         except Exception:
             logging.getLogger("audit.errors").exception(
                 "unhandled exception", extra={"fields": {"request_id": request_id}}
@@ -150,7 +151,7 @@ class Telemetry:
             if status is not None:
                 raise  # the answer is under way; the server must cut the connection
             response = problems.respond(Request(scope), problems.InternalError())
-            await response(scope, receive, send_with_request_id)
+            await response(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 

@@ -67,7 +67,7 @@ async def stream_events(
     """Server-sent events, in the order of ids: what meets the filters from now on, or behind `Last-Event-ID`."""
     feed: Feed = request.app.state.feed
     listener = await feed.listen(wanted, last_event_id)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    headers = {"X-Accel-Buffering": "no"}
     reads: ReadLog = request.app.state.reads
     reads.record(caller, "stream.open", wanted, 0)
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import problems
-from auth import presented_key
+from auth import admit
 from ingest import cloudevents
 from ingest.append import Appended, Prepared, prepare_event
 from ingest.parse import parse_event, parse_event_lines, parse_events
@@ -59,7 +59,7 @@ class Writes:
         headers: Headers = dict(scope["headers"])
         scope["state"]["route"] = scope["path"]
         try:
-            scope["state"]["key_name"] = state.authenticator.identify(presented_key(headers)).name
+            admit(scope, headers)
             with state.writer.room() as room:
                 status, answer_headers, body = await handler(state, headers, receive, room)
         except ClientDisconnect:

@@ -60,8 +60,12 @@ SCRUBBED = (
     "MAX_CLOCK_SKEW",
     "PORT",
     "QUERY_TIMEOUT",
+    "RATE_LIMIT",
     "RETENTION_DAYS",
     "RUN_MIGRATIONS",
+    "TLS_CERT_FILE",
+    "TLS_KEY_FILE",
+    "TRUSTED_PROXIES",
     "WORKERS",
 )
 

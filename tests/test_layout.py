@@ -31,14 +31,15 @@ LAYERS = [
         "queries.cursors",
         "queries.lines",
     },
-    {"ingest.parse"},
+    {"ingest.parse", "edge.connections"},
     {"models", "schemas"},
     {"fields"},
     {"ledger.entries", "queries.reader"},
     {"queries.seals"},
     {"db"},
-    {"migrations", "cluster"},
+    {"migrations", "cluster", "edge.limits"},
     {"config", "problems"},
+    {"edge.headers"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PROBLEMS = [
@@ -46,7 +47,7 @@ PROBLEMS = [
     for value in vars(problems).values()
     if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
 ]
-PACKAGES = ("housekeeping", "ingest", "ledger", "queries", "routes")
+PACKAGES = ("edge", "housekeeping", "ingest", "ledger", "queries", "routes")
 MODULES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("[!_]*.py"))]
 MOST_MODULES_AT_THE_TOP = 14
 
