@@ -19,11 +19,12 @@ from db import open_database, open_replica
 from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
+from keys.memory import KeyMemory
 from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import events, exports, holds, operations
+from routes import events, exports, holds, keys, operations
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -72,17 +73,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
-        app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
+        api_key = api_key_in_force(app.state.settings)
         with open_database(app.state.settings) as database, open_replica(app.state.settings, database) as replica:
             if app.state.settings.run_migrations:
                 migrations.upgrade(database.url)
             app.state.database = database
+            memory = KeyMemory(database)
+            app.state.authenticator = Authenticator(api_key, memory)
             app.state.reader = Reader(replica, replica.url, app.state.settings.query_timeout)
             app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
             app.state.feed = Feed(app.state.reader, app.state.metrics.streams)
             app.state.writer = Writer(database)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
-            background = [asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics))]
+            background = [
+                asyncio.create_task(keep_house(database, app.state.settings, app.state.metrics)),
+                asyncio.create_task(memory.write_uses_now_and_then()),
+            ]
             if replica is not database:
                 watch = ReplicaWatch(database, app.state.reader, app.state.metrics)
                 background.append(asyncio.create_task(watch.run()))
@@ -93,6 +99,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 for task in background:
                     task.cancel()
                 app.state.feed.stop()
+                await memory.stop()
                 await app.state.reads.stop()
                 await app.state.writer.stop()
                 app.state.reader.close()
@@ -107,6 +114,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(exports.router)  # before events: /events/{event_id} would take its paths
     app.include_router(events.router)
     app.include_router(holds.router)
+    app.include_router(keys.router)
     app.include_router(operations.router)
     return app
 

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
-from auth import Caller, Key
+from auth import Key, Reading, Writing
 from ingest import cloudevents
 from ingest.reads import ReadLog
 from problems import (
     BadRequest,
     BodyTooLarge,
     EventNotFound,
+    Forbidden,
     IdempotencyConflict,
     InvalidFields,
     MalformedBody,
@@ -54,7 +55,7 @@ async def refuse_repetition(request: Request) -> None:
 router = APIRouter(
     prefix="/events",
     tags=["events"],
-    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),
     dependencies=[Depends(refuse_repetition)],
 )
 
@@ -81,7 +82,7 @@ _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, Un
 @router.post(
     "", status_code=201, response_model=Event, openapi_extra={"requestBody": _EVENT_BODY}, responses=_WRITE_PROBLEMS
 )
-def create_event(caller: Caller) -> None:
+def create_event(caller: Writing) -> None:
     """Append one event, or a CloudEvents batch. 201 means that it is committed.
 
     With an idempotency key, in `Idempotency-Key` or in the body, a repetition answers 200 with the first event.
@@ -96,13 +97,13 @@ def create_event(caller: Caller) -> None:
     openapi_extra={"requestBody": _BATCH_BODY},
     responses=_WRITE_PROBLEMS,
 )
-def create_events(caller: Caller) -> None:
+def create_events(caller: Writing) -> None:
     """Append up to 10,000 events, all or none, from a JSON array or NDJSON."""
     # For OpenAPI: routes/writes.py answers before the router is asked.
 
 
 @router.get("", response_model=EventPage, responses=responses(BadRequest))
-def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing, Query()]) -> Response:
+def list_events(request: Request, caller: Reading, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
     page = listing.list_events(request.app.state.reader, wanted)
     _record_read(request, caller, "list", wanted, len(page.events))
@@ -114,7 +115,7 @@ def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing
 
 
 @router.get("/count")
-def count_events(request: Request, caller: Caller, wanted: Annotated[EventFilter, Query()]) -> Count:
+def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
     """How many events there are, counted up to `COUNT_LIMIT`."""
     state = request.app.state
     count, capped = aggregates.count_events(state.reader, wanted, state.settings.count_limit)
@@ -123,7 +124,7 @@ def count_events(request: Request, caller: Caller, wanted: Annotated[EventFilter
 
 
 @router.get("/histogram", response_model=Histogram)
-def count_by_time(request: Request, caller: Caller, wanted: Annotated[HistogramQuery, Query()]) -> Any:
+def count_by_time(request: Request, caller: Reading, wanted: Annotated[HistogramQuery, Query()]) -> Any:
     """How many events there are in each minute, hour, day, week or month of a time zone, at most 2,000 of them.
 
     Without `start` or `end` the range is that of the events. Weeks begin on Monday.
@@ -134,7 +135,7 @@ def count_by_time(request: Request, caller: Caller, wanted: Annotated[HistogramQ
 
 
 @router.get("/top", response_model=Top)
-def count_by_value(request: Request, caller: Caller, wanted: Annotated[TopQuery, Query()]) -> Any:
+def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery, Query()]) -> Any:
     """The most frequent values of a field. Events without the field do not count."""
     values = aggregates.count_by_value(request.app.state.reader, wanted)
     _record_read(request, caller, "top", wanted, sum(value._mapping["count"] for value in values))
@@ -142,7 +143,7 @@ def count_by_value(request: Request, caller: Caller, wanted: Annotated[TopQuery,
 
 
 @router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
-def get_event(request: Request, caller: Caller, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
+def get_event(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
     event = lookup.read_event(request.app.state.reader, event_id)
     _record_read(request, caller, "get", None, 1, id=event_id)

@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from auth import Caller
+from auth import Reading
 from ingest.reads import ReadLog
-from problems import InvalidFields, Unauthorized, Unavailable, responses
+from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
 from queries.exports import Exports, accepts_gzip
 from queries.stream import Feed
 from routes.events import refuse_repetition
@@ -16,7 +16,7 @@ from schemas import MAX_ID, EventFilter, ExportQuery
 router = APIRouter(
     prefix="/events",
     tags=["events"],
-    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),
     dependencies=[Depends(refuse_repetition)],
 )
 
@@ -37,7 +37,7 @@ MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8
 
 
 @router.get("/export", response_class=Response, responses=_EXPORT_ANSWER)
-async def export_events(request: Request, caller: Caller, query: Annotated[ExportQuery, Query()]) -> Response:
+async def export_events(request: Request, caller: Reading, query: Annotated[ExportQuery, Query()]) -> Response:
     """Every event that meets the filters, in the order of ids, from one snapshot; the last line says `complete`."""
     exports: Exports = request.app.state.exports
     compressed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
@@ -60,7 +60,7 @@ async def export_events(request: Request, caller: Caller, query: Annotated[Expor
 @router.get("/stream", response_class=Response, responses=_STREAM_ANSWER)
 async def stream_events(
     request: Request,
-    caller: Caller,
+    caller: Reading,
     wanted: Annotated[EventFilter, Query()],
     last_event_id: Annotated[int | None, Header(ge=0, le=MAX_ID)] = None,
 ) -> Response:

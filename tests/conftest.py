@@ -228,7 +228,7 @@ def _shared_app(server: Server) -> Iterator[tuple[httpx.Client, URL]]:
 def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     """A client of a running service whose log is empty."""
     client, url = _shared_app
-    execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys, legal_holds")
+    execute(url, "TRUNCATE audit_events, ledger_tiles, idempotency_keys, legal_holds, api_keys")
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
     assert_ledger_consistent(url)

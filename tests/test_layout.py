@@ -19,13 +19,15 @@ LAYERS = [
     {"queries.aggregates", "queries.exports", "ingest.reads", "queries.replica", "queries.stream"},
     {"queries.pages", "queries.lookup"},
     {"queries.listing", "housekeeping.rounds"},
-    {"ingest.writer", "queries.filters", "auth", "telemetry", "housekeeping.holds", "housekeeping.retention"},
+    {"auth"},
+    {"keys.memory"},
+    {"ingest.writer", "queries.filters", "telemetry", "housekeeping.holds", "housekeeping.retention", "keys.store"},
     {"ingest.records"},
     {"ingest.append", "housekeeping.partitions", "ingest.cloudevents", "queries.cursors", "queries.lines"},
     {"ingest.parse"},
     {"models", "schemas"},
     {"fields"},
-    {"ledger.entries", "queries.reader"},
+    {"ledger.entries", "queries.reader", "keys.tokens"},
     {"queries.seals"},
     {"db"},
     {"migrations", "cluster"},
@@ -37,7 +39,7 @@ PROBLEMS = [
     for value in vars(problems).values()
     if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
 ]
-PACKAGES = ("housekeeping", "ingest", "ledger", "queries", "routes")
+PACKAGES = ("housekeeping", "ingest", "keys", "ledger", "queries", "routes")
 MODULES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("[!_]*.py"))]
 MOST_MODULES_AT_THE_TOP = 14
 
