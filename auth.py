@@ -1,5 +1,6 @@
 """Who is calling, and what they may do."""
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -17,7 +18,7 @@ from config import ConfigurationError, Settings
 from fields import Scope
 from keys.memory import KeyMemory
 from keys.tokens import Token, parse_token
-from problems import Forbidden, Unauthorized
+from problems import Forbidden, Problem, Unauthorized
 from schemas import SCOPES
 
 
@@ -82,6 +83,18 @@ class Authenticator:
         assert token is not None  # noqa: S101 - for mypy; recall() has seen to it
         return self._accept(token, await self._memory.look_up(token.id))
 
+    async def cut_when_refused(self, presented: str | None, cut: Callable[[], None]) -> None:
+        """Look again at the key of an answer without end, now and then, and cut it once the key is refused."""
+        while True:
+            await asyncio.sleep(RECHECK_S)
+            try:
+                await self.identify(presented)
+            except Unauthorized:
+                cut()
+                return
+            except Problem:
+                continue  # not known: nor is anything read from the database meanwhile
+
     def _accept(self, token: Token, row: Row[Any] | None) -> Key:
         # Of an id that there is not, a digest is compared all the same.
         if not hmac.compare_digest(token.secret_hash, _NO_DIGEST if row is None else bytes(row.secret_hash)):
@@ -101,6 +114,7 @@ def _key_of(row: Row[Any]) -> Key:
     return Key(row.name, frozenset(row.scopes), row.id, row.tenant, event_types)
 
 
+RECHECK_S = 2.0
 _NOT_VALID = "This API key is not valid."
 _NO_DIGEST = bytes(32)
 

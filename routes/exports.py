@@ -1,10 +1,11 @@
 """/events/export and /events/stream: answers without an end that is known when they begin."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from auth import Reading
+from auth import Authenticator, Reading, presented_key
 from ingest.reads import ReadLog
 from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
 from queries.exports import Exports, accepts_gzip
@@ -72,9 +73,13 @@ async def stream_events(
     reads.record(caller, "stream.open", wanted, 0)
 
     def end() -> None:
+        watching.cancel()
         listener.close()
         reads.record(caller, "stream", wanted, listener.count)
 
     answer = Streamed(listener.frames(), end, "text/event-stream", headers)
     listener.cut = answer.cut
+    authenticator: Authenticator = request.app.state.authenticator
+    presented = presented_key(dict(request.scope["headers"]))
+    watching = asyncio.create_task(authenticator.cut_when_refused(presented, answer.cut))
     return answer

@@ -284,6 +284,15 @@ def test_a_revoked_key_is_refused_by_every_replica_within_5_s(database_url: URL)
     assert_ledger_consistent(database_url)
 
 
+def test_a_stream_ends_when_its_key_is_revoked(client: httpx.Client) -> None:
+    made = make(client, "read")
+    with client.stream("GET", "/events/stream", headers=headers(made)) as response:
+        assert response.status_code == 200
+        client.delete(f"/keys/{made['id']}")
+        with pytest.raises(httpx.RemoteProtocolError):
+            response.read()
+
+
 def test_a_key_in_use_is_asked_for_in_the_background(database_url: URL) -> None:
     now_s = 1000.0
 
