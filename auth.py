@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -19,7 +19,9 @@ from fields import Scope
 from keys.memory import KeyMemory
 from keys.tokens import Token, parse_token
 from problems import Forbidden, Problem, Unauthorized
-from schemas import SCOPES
+from schemas import SCOPES, EventFilter
+
+Filter = TypeVar("Filter", bound=EventFilter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Key:
         """Raises Forbidden where the key does not carry the scope."""
         if scope not in self.scopes:
             raise Forbidden(f"This call needs a key with the scope {scope}.")
+
+    def narrow(self, wanted: Filter) -> Filter:
+        """The filter for what the key may see; raises Forbidden where it asks for another tenant's events."""
+        if self.tenant is None:
+            return wanted
+        return wanted.model_copy(update={"tenant": self.narrow_tenant(wanted.tenant, "query.tenant")})
 
     def narrow_tenant(self, wanted: str | None, location: str) -> str | None:
         """The tenant that a call is about: the key's own where it is bound; raises Forbidden for another."""

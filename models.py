@@ -138,6 +138,13 @@ Index("audit_events_actor_timestamp_id", _columns.actor, _columns.timestamp.desc
 Index("audit_events_event_type_timestamp_id", _columns.event_type, _columns.timestamp.desc(), _columns.id.desc())
 Index("audit_events_timestamp_id", _columns.timestamp.desc(), _columns.id.desc())
 Index(
+    "audit_events_tenant_timestamp_id",
+    _columns.tenant,
+    _columns.timestamp.desc(),
+    _columns.id.desc(),
+    postgresql_where=_columns.tenant.is_not(None),
+)
+Index(
     "audit_events_metadata",
     _columns.metadata,
     postgresql_using="gin",

@@ -32,14 +32,20 @@ def find_event(database: Database, event_id: int, tenant: str | None = None) -> 
 
 
 # Index: audit_events_pkey, of the one sealed partition that may have the id, and of those that are not sealed.
-_EVENT = select(EVENT_JSON).where(_columns.id == bindparam("id"), recorded_condition(_columns.recorded_at))
-_EVENT_SQL = str(_EVENT.select_from(audit_events).compile(dialect=DIALECT))
+_EVENT = (
+    select(EVENT_JSON)
+    .where(_columns.id == bindparam("id"), recorded_condition(_columns.recorded_at))
+    .select_from(audit_events)
+)
+_EVENT_SQL = str(_EVENT.compile(dialect=DIALECT))
+_EVENT_OF_TENANT_SQL = str(_EVENT.where(_columns.tenant == bindparam("tenant")).compile(dialect=DIALECT))
 
 
-def read_event(reader: Reader, event_id: int) -> str:
-    """The event with this id, as JSON; raises EventNotFound."""
-    values = recorded_values(reader.seals(), lambda seal: seal.first_id <= event_id <= seal.last_id)
-    rows = reader.walk(_EVENT_SQL, {"id": event_id, **values})
+def read_event(reader: Reader, event_id: int, tenant: str | None = None) -> str:
+    """The event with this id, as JSON, of the tenant where one is given; raises EventNotFound."""
+    values: dict[str, Any] = recorded_values(reader.seals(), lambda seal: seal.first_id <= event_id <= seal.last_id)
+    sql = _EVENT_SQL if tenant is None else _EVENT_OF_TENANT_SQL
+    rows = reader.seen_by(tenant).walk(sql, {"id": event_id, "tenant": tenant, **values})
     if not rows:
         raise EventNotFound(f"There is no event with the id {event_id}.")
     return str(rows[0][0])

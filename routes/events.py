@@ -23,6 +23,7 @@ from problems import (
     responses,
 )
 from queries import aggregates, listing, lookup
+from queries.reader import Reader
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     MAX_ID,
@@ -105,7 +106,8 @@ def create_events(caller: Writing) -> None:
 @router.get("", response_model=EventPage, responses=responses(BadRequest))
 def list_events(request: Request, caller: Reading, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
-    page = listing.list_events(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    page = listing.list_events(_reader(request, caller), wanted)
     _record_read(request, caller, "list", wanted, len(page.events))
     body = f'{{"events":[{",".join(page.events)}],"next_cursor":{json.dumps(page.next_cursor)}}}'
     if page.next_cursor is None:
@@ -117,8 +119,8 @@ def list_events(request: Request, caller: Reading, wanted: Annotated[EventListin
 @router.get("/count")
 def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
     """How many events there are, counted up to `COUNT_LIMIT`."""
-    state = request.app.state
-    count, capped = aggregates.count_events(state.reader, wanted, state.settings.count_limit)
+    wanted, limit = caller.narrow(wanted), request.app.state.settings.count_limit
+    count, capped = aggregates.count_events(_reader(request, caller), wanted, limit)
     _record_read(request, caller, "count", wanted, count)
     return Count(count=count, capped=capped)
 
@@ -129,7 +131,8 @@ def count_by_time(request: Request, caller: Reading, wanted: Annotated[Histogram
 
     Without `start` or `end` the range is that of the events. Weeks begin on Monday.
     """
-    buckets = aggregates.count_by_time(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    buckets = aggregates.count_by_time(_reader(request, caller), wanted)
     _record_read(request, caller, "histogram", wanted, sum(bucket._mapping["count"] for bucket in buckets))
     return {"interval": wanted.interval, "time_zone": wanted.time_zone, "buckets": [row._mapping for row in buckets]}
 
@@ -137,7 +140,8 @@ def count_by_time(request: Request, caller: Reading, wanted: Annotated[Histogram
 @router.get("/top", response_model=Top)
 def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery, Query()]) -> Any:
     """The most frequent values of a field. Events without the field do not count."""
-    values = aggregates.count_by_value(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    values = aggregates.count_by_value(_reader(request, caller), wanted)
     _record_read(request, caller, "top", wanted, sum(value._mapping["count"] for value in values))
     return {"field": wanted.field, "values": [row._mapping for row in values]}
 
@@ -145,9 +149,15 @@ def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery
 @router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
 def get_event(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
-    event = lookup.read_event(request.app.state.reader, event_id)
+    event = lookup.read_event(request.app.state.reader, event_id, caller.tenant)
     _record_read(request, caller, "get", None, 1, id=event_id)
     return _json(event)
+
+
+def _reader(request: Request, caller: Key) -> Reader:
+    """What the caller sees. Second to the filter, which caller.narrow() has bound to the same tenant."""
+    reader: Reader = request.app.state.reader
+    return reader.seen_by(caller.tenant)
 
 
 def _record_read(request: Request, caller: Key, call: str, wanted: EventFilter | None, count: int, **more: int) -> None:

@@ -40,9 +40,10 @@ MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8
 @router.get("/export", response_class=Response, responses=_EXPORT_ANSWER)
 async def export_events(request: Request, caller: Reading, query: Annotated[ExportQuery, Query()]) -> Response:
     """Every event that meets the filters, in the order of ids, from one snapshot; the last line says `complete`."""
+    query = caller.narrow(query)
     exports: Exports = request.app.state.exports
     compressed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
-    export = await exports.start(query, compressed=compressed)
+    export = await exports.start(query, caller.tenant, compressed=compressed)
     headers = {
         "Audit-Snapshot": str(export.snapshot),
         "Content-Disposition": f'attachment; filename="events.{query.format}"',
@@ -66,8 +67,9 @@ async def stream_events(
     last_event_id: Annotated[int | None, Header(ge=0, le=MAX_ID)] = None,
 ) -> Response:
     """Server-sent events, in the order of ids: what meets the filters from now on, or behind `Last-Event-ID`."""
+    wanted = caller.narrow(wanted)
     feed: Feed = request.app.state.feed
-    listener = await feed.listen(wanted, last_event_id)
+    listener = await feed.listen(wanted, last_event_id, caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     reads: ReadLog = request.app.state.reads
     reads.record(caller, "stream.open", wanted, 0)
