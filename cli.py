@@ -10,11 +10,22 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from auth import api_key_in_force
-from config import ConfigurationError, Settings, load_settings
+from config import ConfigurationError, Settings, load_settings, parse_duration
 from db import Database, open_database, open_owner
 from housekeeping import adoption, holds, redaction, rewrite
+from keys import store as keys
 from problems import Problem
-from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, RedactionIn
+from schemas import (
+    SCOPES,
+    ApiKey,
+    ApiKeyFilter,
+    ApiKeyIn,
+    LegalHold,
+    LegalHoldFilter,
+    LegalHoldIn,
+    NewApiKey,
+    RedactionIn,
+)
 from server import serve_alone, serve_with_workers
 
 
@@ -25,6 +36,7 @@ def main() -> int:
     commands.add_parser("serve", help="run the service until it is told to stop").set_defaults(run=serve)
     commands.add_parser("run", help="try it on this machine: migrate, serve, show the API key").set_defaults(run=run)
     _add_hold_commands(commands.add_parser("holds", help="place, list and release legal holds"))
+    _add_key_commands(commands.add_parser("keys", help="make, list, revoke and rotate API keys"))
     _add_redact_command(commands.add_parser("redact", help="erase personal data; a dry run without --yes"))
     _add_ledger_commands(commands.add_parser("ledger", help="what is done with the Merkle tree"))
     arguments = parser.parse_args()
@@ -53,30 +65,39 @@ def _add_hold_commands(parser: ArgumentParser) -> None:
     for name in ("tenant", "actor", "resource"):
         place.add_argument(f"--{name}")
     place.add_argument("--reason", required=True)
-    place.set_defaults(run=_on_holds, act=_place_hold)
+    place.set_defaults(run=_on_database, model=LegalHold, act=_place_hold)
     release = actions.add_parser("release", help="release a hold by its id")
     release.add_argument("id", type=int)
-    release.set_defaults(run=_on_holds, act=_release_hold)
+    release.set_defaults(run=_on_database, model=LegalHold, act=_release_hold)
     for action in (place, release):
         action.add_argument("--by", required=True, help="who asks for it, for the record")
     listing = actions.add_parser("list", help="those in force")
     listing.add_argument("--all", action="store_true", help="released ones too")
-    listing.set_defaults(run=_on_holds, act=_list_holds)
+    listing.set_defaults(run=_on_database, model=LegalHold, act=_list_holds)
 
 
-def _on_holds(settings: Settings, arguments: Namespace) -> int:
-    """Do it on the configured database and print each hold as a line of JSON."""
+def _on_database(settings: Settings, arguments: Namespace) -> int:
+    """Do it on the configured database and print what comes of it, each as a line of JSON."""
     try:
         with open_database(settings) as database:
-            for hold in arguments.act(database, arguments):
-                print(LegalHold.model_validate(hold).model_dump_json())
+            for row in arguments.act(database, arguments):
+                print(arguments.model.model_validate(row).model_dump_json())
     except ValidationError as error:
-        print(f"audit-service: {error.errors()[0]['msg']}", file=sys.stderr)
+        print(f"audit-service: {_first_complaint(error)}", file=sys.stderr)
         return 2
     except Problem as problem:
-        print(f"audit-service: {problem.detail}", file=sys.stderr)
+        print(f"audit-service: {_in_one_line(problem)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"][:1]), first["msg"]])
+
+
+def _in_one_line(problem: Problem) -> str:
+    return "; ".join([problem.detail, *(f"{error['location']}: {error['message']}" for error in problem.errors)])
 
 
 def _place_hold(database: Database, arguments: Namespace) -> Iterator[Any]:
@@ -94,6 +115,53 @@ def _list_holds(database: Database, arguments: Namespace) -> Iterator[Any]:
         page = holds.list_holds(database, LegalHoldFilter(active=None if arguments.all else True, after=after))
         yield from page.legal_holds
         after = page.next_after
+
+
+def _add_key_commands(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a key, which is shown this once")
+    create.add_argument("--name", required=True, help="who uses it")
+    create.add_argument("--scopes", required=True, nargs="+", choices=SCOPES)
+    create.add_argument("--tenant", help="the only one whose events it writes and sees")
+    create.add_argument("--event-types", nargs="+", metavar="PREFIX", help="what it writes begins with one of these")
+    create.add_argument("--expires-at", help="RFC 3339, like 2027-12-31T00:00:00Z")
+    create.set_defaults(run=_on_database, model=NewApiKey, act=_create_key)
+    listing = actions.add_parser("list", help="those that work")
+    listing.add_argument("--all", action="store_true", help="revoked and expired ones too")
+    listing.add_argument("--tenant")
+    listing.set_defaults(run=_on_database, model=ApiKey, act=_list_keys)
+    revoke = actions.add_parser("revoke", help="revoke a key by its id: refused everywhere within 5 s")
+    revoke.set_defaults(run=_on_database, model=ApiKey, act=_revoke_key)
+    rotate = actions.add_parser("rotate", help="make a key that replaces another; both work for the grace period")
+    rotate.add_argument("--grace", default="7d", help="how long the old one works on, like 90s, 24h or 7d (default)")
+    rotate.set_defaults(run=_on_database, model=NewApiKey, act=_rotate_key)
+    for action in (revoke, rotate):
+        action.add_argument("id")
+    for action in (create, revoke, rotate):
+        action.add_argument("--by", required=True, help="who asks for it, for the record")
+
+
+def _create_key(database: Database, arguments: Namespace) -> Iterator[Any]:
+    wanted = {name: getattr(arguments, name) for name in ApiKeyIn.model_fields}
+    yield keys.create_key(database, ApiKeyIn(**wanted), arguments.by)
+
+
+def _list_keys(database: Database, arguments: Namespace) -> Iterator[Any]:
+    wanted = ApiKeyFilter(active=None if arguments.all else True, tenant=arguments.tenant)
+    while True:
+        page = keys.list_keys(database, wanted)
+        yield from page.keys
+        if page.next_after is None:
+            return
+        wanted.after = page.next_after
+
+
+def _revoke_key(database: Database, arguments: Namespace) -> Iterator[Any]:
+    yield keys.revoke_key(database, arguments.id, arguments.by)
+
+
+def _rotate_key(database: Database, arguments: Namespace) -> Iterator[Any]:
+    yield keys.rotate_key(database, arguments.id, parse_duration("--grace", arguments.grace), arguments.by)
 
 
 def _add_redact_command(parser: ArgumentParser) -> None:

@@ -175,6 +175,15 @@ def _refuse_placeholders(settings: Settings) -> None:
             )
 
 
+def parse_duration(name: str, value: str) -> timedelta:
+    """A duration like 90s, 5m, 24h or 30d; raises ConfigurationError, which names what it was for."""
+    parts = re.fullmatch(r"(\d{1,6})([smhd])", value, re.ASCII)
+    if parts is None:
+        raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
+    unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
+    return timedelta(**{unit: int(parts[1])})
+
+
 class _Reader:
     """Typed access to variables; each method names the variable it refuses."""
 
@@ -206,11 +215,7 @@ class _Reader:
         value = self.text(name)
         if value is None:
             return default
-        parts = re.fullmatch(r"(\d{1,6})([smhd])", value, re.ASCII)
-        if parts is None:
-            raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
-        unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
-        return timedelta(**{unit: int(parts[1])})
+        return parse_duration(name, value)
 
     def rate(self, name: str) -> Rate | None:
         value = self.text(name)

@@ -131,6 +131,8 @@ Pattern = Annotated[
     str, StringConstraints(min_length=1, max_length=256), AfterValidator(_refuse_nul), AfterValidator(_check_pattern)
 ]
 Patterns = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS), AfterValidator(_without_repetition)]
+Scope = Literal["write", "read", "admin"]
+KeyId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z]{12}\z")]
 Interval = Literal["minute", "hour", "day", "week", "month"]
 TimeZone = Annotated[str, StringConstraints(max_length=64), AfterValidator(_check_time_zone)]
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_parse_timestamp)]

@@ -20,11 +20,12 @@ from edge.limits import Limits
 from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
+from keys.memory import KeyMemory
 from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import docs, events, exports, holds, operations, redactions
+from routes import docs, events, exports, holds, keys, operations, redactions
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -74,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.settings = settings or load_settings()
         configure_logging(app.state.settings)
         app.state.limits = Limits(app.state.settings.rate_limit)
-        app.state.authenticator = Authenticator(api_key_in_force(app.state.settings))
+        api_key = api_key_in_force(app.state.settings)
         with (
             open_database(app.state.settings) as database,
             open_owner(app.state.settings, database) as owner,
@@ -84,12 +85,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 migrations.upgrade(owner.url, database.url.username)
             app.state.database = database
             app.state.owner = owner
+            memory = KeyMemory(database)
+            app.state.authenticator = Authenticator(api_key, memory)
             app.state.reader = Reader(replica, replica.url, app.state.settings.query_timeout)
             app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
             app.state.feed = Feed(app.state.reader, app.state.metrics.streams)
             app.state.writer = Writer(database, owner)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
-            background = [asyncio.create_task(keep_house(owner, app.state.settings, app.state.metrics))]
+            background = [
+                asyncio.create_task(keep_house(owner, app.state.settings, app.state.metrics)),
+                asyncio.create_task(memory.write_uses_now_and_then()),
+            ]
             if replica is not database:
                 watch = ReplicaWatch(database, app.state.reader, app.state.metrics)
                 background.append(asyncio.create_task(watch.run()))
@@ -100,6 +106,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 for task in background:
                     task.cancel()
                 app.state.feed.stop()
+                await memory.stop()
                 await app.state.reads.stop()
                 await app.state.writer.stop()
                 app.state.reader.close()
@@ -117,6 +124,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(events.router)
     app.include_router(holds.router)
     app.include_router(redactions.router)
+    app.include_router(keys.router)
     app.include_router(operations.router)
     app.include_router(docs.router)
     return app

@@ -118,10 +118,42 @@ rewrites_due = Table(
     PrimaryKeyConstraint("relation", name="rewrites_due_pkey"),
 )
 
+# Keys but for the root key, which is a setting. Revoked and expired ones stay, so that the log's names mean something.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, nullable=False),
+    Column("secret_hash", LargeBinary, nullable=False),  # SHA-256; the secret has 256 random bits, so no salt
+    Column("name", Text, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("tenant", Text),
+    Column("event_types", ARRAY(Text)),  # prefixes of what it may write
+    Column("expires_at", DateTime(timezone=True)),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("revoked_by", Text),
+    Column("revoked_at", DateTime(timezone=True)),
+    Column("last_used_at", DateTime(timezone=True)),  # to the minute
+    PrimaryKeyConstraint("id", name="api_keys_pkey"),
+    CheckConstraint("octet_length(secret_hash) = 32", name="api_keys_secret_hash_has_32_bytes"),
+    CheckConstraint(
+        "cardinality(scopes) > 0 AND scopes <@ ARRAY['write', 'read', 'admin']", name="api_keys_scopes_are_known"
+    ),
+    CheckConstraint("cardinality(event_types) > 0", name="api_keys_event_types_are_some"),
+    CheckConstraint("(revoked_at IS NULL) = (revoked_by IS NULL)", name="api_keys_are_revoked_by_somebody"),
+)
+
 _columns = audit_events.c
 Index("audit_events_actor_timestamp_id", _columns.actor, _columns.timestamp.desc(), _columns.id.desc())
 Index("audit_events_event_type_timestamp_id", _columns.event_type, _columns.timestamp.desc(), _columns.id.desc())
 Index("audit_events_timestamp_id", _columns.timestamp.desc(), _columns.id.desc())
+Index(
+    "audit_events_tenant_timestamp_id",
+    _columns.tenant,
+    _columns.timestamp.desc(),
+    _columns.id.desc(),
+    postgresql_where=_columns.tenant.is_not(None),
+)
 Index(
     "audit_events_metadata",
     _columns.metadata,

@@ -8,7 +8,8 @@ Problem
 ├── Forbidden                  403
 ├── NotFound                   404
 │   ├── EventNotFound          404
-│   └── HoldNotFound           404
+│   ├── HoldNotFound           404
+│   └── KeyNotFound            404
 ├── MethodNotAllowed           405
 ├── RequestTimeout             408
 ├── IdempotencyConflict        409
@@ -83,7 +84,7 @@ class Unauthorized(Problem):
 
 
 class Forbidden(Problem):
-    """This API key is valid, and does not carry the scope that the call needs."""
+    """This API key is valid, and may not do this: `detail` names the scope that it lacks, or `errors` the field."""
 
     status, code, title = 403, "forbidden", "Forbidden"
 
@@ -104,6 +105,12 @@ class HoldNotFound(NotFound):
     """There is no legal hold with this id."""
 
     code, title = "hold-not-found", "Legal hold not found"
+
+
+class KeyNotFound(NotFound):
+    """There is no API key with this id."""
+
+    code, title = "key-not-found", "API key not found"
 
 
 class MethodNotAllowed(Problem):

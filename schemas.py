@@ -3,18 +3,21 @@
 Every model is strict and refuses unknown fields: a typo must not lose data or widen a query.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints, model_validator
 
 from fields import (
+    MAX_PATTERNS,
     EventId,
     Interval,
     IpAddress,
     IpNetwork,
+    KeyId,
     Metadata,
     Outcome,
     Patterns,
+    Scope,
     Text255,
     Text1024,
     Timestamp,
@@ -26,6 +29,7 @@ from fields import (
 
 MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (16-bit length)
 MAX_ID = 2**63 - 1
+SCOPES = get_args(Scope)
 
 _EVENT_EXAMPLE: dict[str, Any] = {
     "event_type": "order.create",
@@ -293,6 +297,97 @@ class Redaction(BaseModel):
     count: int = Field(description="Events whose personal data this call erased, or would erase")
     held: int = Field(description="Events that a legal hold keeps as they are")
     remaining: int = Field(description="Events still to be erased: call again until it is 0")
+
+
+class ApiKeyIn(BaseModel):
+    """What a new key may do, and for how long."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {"name": "shop", "scopes": ["write"], "tenant": "acme", "event_types": ["order.", "LOGIN"]},
+                {"name": "auditor", "scopes": ["read"], "expires_at": "2027-12-31T00:00:00Z"},
+            ]
+        },
+    )
+
+    name: Text255 = Field(description="Who uses it: stands in the log where this key does something")
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=3)]
+    tenant: Text255 | None = Field(None, description="The only tenant whose events it writes and sees; else all")
+    event_types: Annotated[list[Text255], Field(min_length=1, max_length=MAX_PATTERNS)] | None = Field(
+        None, description="The event types that it writes begin with one of these; else any"
+    )
+    expires_at: Timestamp | None = Field(None, description="From when on it is refused; left out: never")
+
+    @model_validator(mode="after")
+    def _order(self) -> "ApiKeyIn":
+        self.scopes = sorted(set(self.scopes), key=SCOPES.index)
+        return self
+
+
+class ApiKey(BaseModel):
+    """A key, without its secret."""
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "4fJ0sZq81KxW",
+                    "name": "shop",
+                    "scopes": ["write"],
+                    "tenant": "acme",
+                    "event_types": ["order.", "LOGIN"],
+                    "expires_at": None,
+                    "created_by": "root",
+                    "created_at": "2026-11-24T09:30:00.000000Z",
+                    "revoked_by": None,
+                    "revoked_at": None,
+                    "last_used_at": "2026-11-24T10:02:00.000000Z",
+                }
+            ]
+        },
+    )
+
+    id: str
+    name: str
+    scopes: list[str]
+    tenant: str | None
+    event_types: list[str] | None
+    expires_at: TimestampOut | None
+    created_by: str = Field(description="The name of the key that made it")
+    created_at: TimestampOut
+    revoked_by: str | None
+    revoked_at: TimestampOut | None
+    last_used_at: TimestampOut | None = Field(description="To the minute, and written within the next one")
+
+
+class NewApiKey(ApiKey):
+    """A key that was just made."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": []})
+
+    key: str = Field(description="What to send as `X-API-Key`. Shown this once: the service keeps a digest only")
+
+
+class ApiKeyPage(BaseModel):
+    """Keys in the order of their ids."""
+
+    keys: list[ApiKey]
+    next_after: str | None = Field(description="Send it as `after` for the next page; null on the last")
+
+
+class ApiKeyFilter(BaseModel):
+    """Which keys to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: Text255 | None = Field(None, description="Those bound to this tenant")
+    active: bool | None = Field(None, description="true: those that work; false: revoked or expired; left out: both")
+    after: KeyId | None = Field(None, description="`next_after` of the page before")
+    limit: int = Field(100, ge=1, le=1000)
 
 
 class BatchReceipt(BaseModel):

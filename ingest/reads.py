@@ -92,6 +92,7 @@ def _event(caller: Key, call: str, wanted: EventFilter | None, totals: dict[str,
     members: dict[str, Any] = {
         "event_type": "audit.read",
         "actor": caller.name,
+        "tenant": caller.tenant,
         "timestamp": datetime.now(UTC),
         "outcome": "success",
         "source": SERVICE,

@@ -26,8 +26,11 @@ class Exports:
         self._gauge = gauge
         self._open = 0
 
-    async def start(self, query: ExportQuery, *, compressed: bool) -> "Export":
-        """An export whose first page is read, so that what can fail at once has not. Each is to be closed."""
+    async def start(self, query: ExportQuery, tenant: str | None = None, *, compressed: bool) -> "Export":
+        """An export whose first page is read, so that what can fail at once has not. Each is to be closed.
+
+        `tenant`: the one that the caller is bound to, if any; the query is, too.
+        """
         if self._open >= MAX_OPEN_EXPORTS:
             raise TooManyReaders("As many exports are open as this process serves at a time.")
         self._count(1)
@@ -36,7 +39,7 @@ class Exports:
             after = oldest - 1 if query.after is None else query.after
             snapshot = newest if query.snapshot is None else query.snapshot
             selection = Selection(query, CSV_LINE if query.format == "csv" else NDJSON_LINE, snapshot)
-            pages = read_pages(self._reader, selection, after)
+            pages = read_pages(self._reader.seen_by(tenant), selection, after)
             first = await anext(pages, None)
         except BaseException:
             self._count(-1)

@@ -82,13 +82,14 @@ def _walked_field(wanted: EventListing) -> str | None:
         patterns = getattr(wanted, name)
         if patterns and not any(map(is_prefix, patterns)):
             return name
-    return None
+    return None if wanted.tenant is None else "tenant"
 
 
 def can_search(wanted: EventListing) -> bool:
     """Whether an index other than the walked one selects by these filters."""
     walked = _walked_field(wanted)
-    return wanted.metadata is not None or any(getattr(wanted, name) for name in PATTERN_FIELDS if name != walked)
+    indexed = ("metadata", "tenant", *PATTERN_FIELDS)
+    return any(getattr(wanted, name) for name in indexed if name != walked)
 
 
 def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
@@ -101,12 +102,15 @@ def walk_statement(
 ) -> tuple[str, dict[str, Any]]:
     """The SQL of a walk, and its parameters by name."""
     values = values_of(wanted) | {"limit": wanted.limit + 1}
+    walked = _walked_field(wanted)
+    if walked == "tenant":
+        values["tenant"] = [wanted.tenant]
     if wanted.start is not None or wanted.end is not None:
         values |= recorded_values(seals, lambda seal: seal.meets(wanted.start, wanted.end))
     if after is not None:
         values |= {"after_timestamp": after[0], "after_id": after[1]}
     if is_bounded:
-        walks = len(getattr(wanted, _walked_field(wanted) or "", "."))
+        walks = 1 if walked is None else len(values[walked])
         values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1)}
     return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
 
@@ -124,7 +128,8 @@ class _Shape:
 def _walk_sql(shape: _Shape) -> str:
     """The page from an index in its order.
 
-    Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id, else audit_events_timestamp_id.
+    Indexes: audit_events_actor_timestamp_id, audit_events_event_type_timestamp_id,
+    audit_events_tenant_timestamp_id, else audit_events_timestamp_id.
     Each value of the walked field has a walk of its own, and they are merged: one `= ANY` of all would lose the order.
     """
     wanted, is_bounded = shape.example, "most" in shape.parameters
@@ -137,7 +142,9 @@ def _walk_sql(shape: _Shape) -> str:
     # `= ANY` of one, and sorted by it: a plain `=` would let PostgreSQL read audit_events_timestamp_id and filter,
     # which looks at everything where the value is rarer than it thinks.
     walked = select(audit_events).where(_columns[name] == any_(array([given.c.value]))).correlate(given)
-    events = _walk_one(wanted.model_copy(update={name: []}), after, walked, (name,), is_bounded).lateral("event")
+    events = _walk_one(
+        wanted.model_copy(update={name: None if name == "tenant" else []}), after, walked, (name,), is_bounded
+    ).lateral("event")
     return str(_page(wanted, events, given).compile(dialect=DIALECT))
 
 

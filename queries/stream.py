@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.sql.visitors import replacement_traverse
 
 from models import audit_events
-from problems import Problem, ShuttingDown, TooManyReaders
+from problems import DatabaseUnavailable, Problem, ShuttingDown, TooManyReaders
 from queries.filters import conditions
 from queries.lines import SSE_FRAME
 from queries.pages import Selection, read_newest_id, read_pages
@@ -56,14 +56,15 @@ class _Group:
     """The listeners that want the same events."""
 
     wanted: EventFilter
+    tenant: str | None  # the one that its listeners are bound to
     listeners: set["Listener"] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class _News:
-    """Events as (id, frame, the numbers of the filters that it meets, from 1), and the id up to which they go."""
+    """Events as (id, frame, tenant, numbers of the filters met, from 1), and the id up to which they go."""
 
-    events: Sequence[tuple[int, str, list[int]]]
+    events: Sequence[tuple[int, str, str | None, list[int]]]
     position: int
 
 
@@ -73,7 +74,7 @@ class Feed:
     def __init__(self, reader: Reader, gauge: Gauge) -> None:
         self._reader = reader
         self._gauge = gauge
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[tuple[str | None, str], _Group] = {}
         self._joining: list[tuple[Listener, asyncio.Future[int]]] = []
         self._listeners: set[Listener] = set()
         self._position = 0
@@ -81,14 +82,17 @@ class Feed:
         self._is_stopping = False
         self._task = asyncio.create_task(self._follow())
 
-    async def listen(self, wanted: EventFilter, after: int | None) -> "Listener":
-        """A listener that gets what comes behind the event `after`, or from now on. It is to be closed."""
+    async def listen(self, wanted: EventFilter, after: int | None, tenant: str | None = None) -> "Listener":
+        """A listener that gets what comes behind the event `after`, or from now on. It is to be closed.
+
+        `tenant`: the one that the caller is bound to, if any; the filter is, too.
+        """
         if self._is_stopping:
             raise ShuttingDown()
         if len(self._listeners) >= MAX_LISTENERS:
             raise TooManyReaders("As many streams are open as this process serves at a time.")
         newest = await self._reader.scan(read_newest_id)
-        listener = Listener(self, self._reader, wanted, newest if after is None else after)
+        listener = Listener(self, self._reader, wanted, newest if after is None else after, tenant)
         self._listeners.add(listener)
         self._gauge.inc()
         return listener
@@ -143,23 +147,28 @@ class Feed:
         if not self._groups:
             self._position = await self._reader.scan(read_newest_id)
         self._admit()
-        groups = list(self._groups.values())
-        wanted = [group.wanted for group in groups]
-        news = await self._reader.scan(partial(_read_news, self._position, wanted))
-        for event_id, frame, numbers in news.events:
-            encoded = frame.encode()
-            for number in numbers:
-                for listener in groups[number - 1].listeners:
-                    listener.tell(event_id, encoded)
+        bound = [group for group in self._groups.values() if group.tenant is not None]
+        unbound = [group for group in self._groups.values() if group.tenant is None]
+        news = await self._read(unbound, None)
+        if bound and news.position > self._position:
+            news_of_tenants = await self._read(bound, news.position)
+            _tell(bound, news_of_tenants)
+        _tell(unbound, news)
         had_news = news.position > self._position
         self._position = news.position
         return had_news
+
+    async def _read(self, groups: Sequence[_Group], until: int | None) -> _News:
+        """What is new for these groups, of which all or none are bound to tenants."""
+        wanted = [group.wanted for group in groups]
+        tenants = {group.tenant for group in groups} or {None}
+        return await self._reader.seen_by(*tenants).scan(partial(_read_news, self._position, until, wanted))
 
     def _admit(self) -> None:
         """Between two polls, so that no event falls between what a listener catches up with and what it is told."""
         for listener, joined in self._joining:
             if not joined.done():
-                self._groups.setdefault(listener.key, _Group(listener.wanted)).listeners.add(listener)
+                self._groups.setdefault(listener.key, _Group(listener.wanted, listener.tenant)).listeners.add(listener)
                 joined.set_result(self._position)
         self._joining.clear()
 
@@ -167,9 +176,10 @@ class Feed:
 class Listener:
     """One open stream. Events behind `position` are still to come."""
 
-    def __init__(self, feed: Feed, reader: Reader, wanted: EventFilter, position: int) -> None:
+    def __init__(self, feed: Feed, reader: Reader, wanted: EventFilter, position: int, tenant: str | None) -> None:
         self.wanted = wanted
-        self.key = wanted.model_dump_json()
+        self.tenant = tenant
+        self.key = tenant, wanted.model_dump_json()
         self.position = position
         self.count = 0  # of events handed over
         self.cut: Callable[[], None] = self.end  # what to do with one that does not take what it is told
@@ -220,7 +230,7 @@ class Listener:
 
     async def _catch_up(self, until: int) -> AsyncGenerator[bytes, None]:
         selection = Selection(self.wanted, SSE_FRAME, until, page_bytes=CATCH_UP_BYTES, read_ahead=1)
-        async with aclosing(read_pages(self._reader, selection, self.position)) as pages:
+        async with aclosing(read_pages(self._reader.seen_by(self.tenant), selection, self.position)) as pages:
             async for page in pages:
                 self.position = page.position
                 self.count += page.count
@@ -239,23 +249,40 @@ class Listener:
         return b"".join(frames)
 
 
-def _read_news(after: int, wanted: Sequence[EventFilter], connection: Connection) -> _News:
-    """What came behind the id `after` and meets any of the filters; at the most MAX_NEWS events are looked at."""
-    end = min(read_newest_id(connection), after + MAX_NEWS)
+def _tell(groups: Sequence[_Group], news: _News) -> None:
+    for event_id, frame, tenant, numbers in news.events:
+        encoded = frame.encode()
+        for group in (groups[number - 1] for number in numbers):
+            if group.tenant is None or group.tenant == tenant:
+                for listener in group.listeners:
+                    listener.tell(event_id, encoded)
+
+
+def _read_news(after: int, until: int | None, wanted: Sequence[EventFilter], connection: Connection) -> _News:
+    """What came behind the id `after`, up to `until` where that is given, and meets any of the filters.
+
+    At the most MAX_NEWS events are looked at. Raises DatabaseUnavailable where `until` is not here yet.
+    """
+    newest = read_newest_id(connection)
+    if until is not None and newest < until:  # of several standbys, one that is behind
+        raise DatabaseUnavailable(f"The log has not reached event {until} here.")
+    end = min(newest, after + MAX_NEWS) if until is None else until
     if end <= after:
         return _News([], after)
-    rows = connection.execute(_matching(after, end, wanted)).all()
-    return _News([(event_id, frame, numbers) for event_id, frame, numbers in rows], end)
+    if not wanted:
+        return _News([], end)
+    rows = connection.execute(_matching(after, end, wanted))
+    return _News([(event_id, frame, tenant, numbers) for event_id, frame, tenant, numbers in rows], end)
 
 
-def _matching(after: int, end: int, wanted: Sequence[EventFilter]) -> Select[int, str, list[int]]:
+def _matching(after: int, end: int, wanted: Sequence[EventFilter]) -> Select[int, str, str | None, list[int]]:
     """The events, each with the numbers of the filters that it meets. Index: audit_events_pkey."""
     filters = array([_with_own_parameters(and_(true(), *conditions(each))) for each in wanted])
     numbers = func.array_positions(filters, True, type_=ARRAY(Integer)).label("numbers")
     # OFFSET 0 keeps the two levels apart: only what somebody wants is written as text.
     events = select(audit_events, numbers).where(_columns.id > after, _columns.id <= end).offset(0).subquery()
-    wanted_by_any = func.cardinality(events.c.numbers) > 0
-    return select(events.c.id, SSE_FRAME, events.c.numbers).where(wanted_by_any).order_by(events.c.id)
+    columns = events.c.id, SSE_FRAME, events.c.tenant, events.c.numbers
+    return select(*columns).where(func.cardinality(events.c.numbers) > 0).order_by(events.c.id)
 
 
 def _with_own_parameters(condition: ColumnElement[bool]) -> ColumnElement[bool]:

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
-from auth import Caller, Key
+from auth import Key, Reading, Writing
 from ingest import cloudevents
 from ingest.reads import ReadLog
 from problems import (
     BadRequest,
     BodyTooLarge,
     EventNotFound,
+    Forbidden,
     IdempotencyConflict,
     InvalidFields,
     MalformedBody,
@@ -22,6 +23,7 @@ from problems import (
     responses,
 )
 from queries import aggregates, listing, lookup
+from queries.reader import Reader
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     MAX_ID,
@@ -54,7 +56,7 @@ async def refuse_repetition(request: Request) -> None:
 router = APIRouter(
     prefix="/events",
     tags=["events"],
-    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),
     dependencies=[Depends(refuse_repetition)],
 )
 
@@ -81,7 +83,7 @@ _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, Un
 @router.post(
     "", status_code=201, response_model=Event, openapi_extra={"requestBody": _EVENT_BODY}, responses=_WRITE_PROBLEMS
 )
-def create_event(caller: Caller) -> None:
+def create_event(caller: Writing) -> None:
     """Append one event, or a CloudEvents batch. 201 means that it is committed.
 
     With an idempotency key, in `Idempotency-Key` or in the body, a repetition answers 200 with the first event.
@@ -96,15 +98,16 @@ def create_event(caller: Caller) -> None:
     openapi_extra={"requestBody": _BATCH_BODY},
     responses=_WRITE_PROBLEMS,
 )
-def create_events(caller: Caller) -> None:
+def create_events(caller: Writing) -> None:
     """Append up to 10,000 events, all or none, from a JSON array or NDJSON."""
     # For OpenAPI: routes/writes.py answers before the router is asked.
 
 
 @router.get("", response_model=EventPage, responses=responses(BadRequest))
-def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing, Query()]) -> Response:
+def list_events(request: Request, caller: Reading, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
-    page = listing.list_events(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    page = listing.list_events(_reader(request, caller), wanted)
     _record_read(request, caller, "list", wanted, len(page.events))
     body = f'{{"events":[{",".join(page.events)}],"next_cursor":{json.dumps(page.next_cursor)}}}'
     if page.next_cursor is None:
@@ -114,39 +117,47 @@ def list_events(request: Request, caller: Caller, wanted: Annotated[EventListing
 
 
 @router.get("/count")
-def count_events(request: Request, caller: Caller, wanted: Annotated[EventFilter, Query()]) -> Count:
+def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
     """How many events there are, counted up to `COUNT_LIMIT`."""
-    state = request.app.state
-    count, capped = aggregates.count_events(state.reader, wanted, state.settings.count_limit)
+    wanted, limit = caller.narrow(wanted), request.app.state.settings.count_limit
+    count, capped = aggregates.count_events(_reader(request, caller), wanted, limit)
     _record_read(request, caller, "count", wanted, count)
     return Count(count=count, capped=capped)
 
 
 @router.get("/histogram", response_model=Histogram)
-def count_by_time(request: Request, caller: Caller, wanted: Annotated[HistogramQuery, Query()]) -> Any:
+def count_by_time(request: Request, caller: Reading, wanted: Annotated[HistogramQuery, Query()]) -> Any:
     """How many events there are in each minute, hour, day, week or month of a time zone, at most 2,000 of them.
 
     Without `start` or `end` the range is that of the events. Weeks begin on Monday.
     """
-    buckets = aggregates.count_by_time(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    buckets = aggregates.count_by_time(_reader(request, caller), wanted)
     _record_read(request, caller, "histogram", wanted, sum(bucket._mapping["count"] for bucket in buckets))
     return {"interval": wanted.interval, "time_zone": wanted.time_zone, "buckets": [row._mapping for row in buckets]}
 
 
 @router.get("/top", response_model=Top)
-def count_by_value(request: Request, caller: Caller, wanted: Annotated[TopQuery, Query()]) -> Any:
+def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery, Query()]) -> Any:
     """The most frequent values of a field. Events without the field do not count."""
-    values = aggregates.count_by_value(request.app.state.reader, wanted)
+    wanted = caller.narrow(wanted)
+    values = aggregates.count_by_value(_reader(request, caller), wanted)
     _record_read(request, caller, "top", wanted, sum(value._mapping["count"] for value in values))
     return {"field": wanted.field, "values": [row._mapping for row in values]}
 
 
 @router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
-def get_event(request: Request, caller: Caller, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
+def get_event(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
-    event = lookup.read_event(request.app.state.reader, event_id)
+    event = lookup.read_event(request.app.state.reader, event_id, caller.tenant)
     _record_read(request, caller, "get", None, 1, id=event_id)
     return _json(event)
+
+
+def _reader(request: Request, caller: Key) -> Reader:
+    """What the caller sees. Second to the filter, which caller.narrow() has bound to the same tenant."""
+    reader: Reader = request.app.state.reader
+    return reader.seen_by(caller.tenant)
 
 
 def _record_read(request: Request, caller: Key, call: str, wanted: EventFilter | None, count: int, **more: int) -> None:

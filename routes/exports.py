@@ -1,12 +1,13 @@
 """/events/export and /events/stream: answers without an end that is known when they begin."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from auth import Caller
+from auth import Authenticator, Reading, presented_key
 from ingest.reads import ReadLog
-from problems import InvalidFields, Unauthorized, Unavailable, responses
+from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
 from queries.exports import Exports, accepts_gzip
 from queries.stream import Feed
 from routes.events import refuse_repetition
@@ -16,7 +17,7 @@ from schemas import MAX_ID, EventFilter, ExportQuery
 router = APIRouter(
     prefix="/events",
     tags=["events"],
-    responses=responses(Unauthorized, InvalidFields, Unavailable),
+    responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),
     dependencies=[Depends(refuse_repetition)],
 )
 
@@ -37,11 +38,12 @@ MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8
 
 
 @router.get("/export", response_class=Response, responses=_EXPORT_ANSWER)
-async def export_events(request: Request, caller: Caller, query: Annotated[ExportQuery, Query()]) -> Response:
+async def export_events(request: Request, caller: Reading, query: Annotated[ExportQuery, Query()]) -> Response:
     """Every event that meets the filters, in the order of ids, from one snapshot; the last line says `complete`."""
+    query = caller.narrow(query)
     exports: Exports = request.app.state.exports
     compressed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
-    export = await exports.start(query, compressed=compressed)
+    export = await exports.start(query, caller.tenant, compressed=compressed)
     headers = {
         "Audit-Snapshot": str(export.snapshot),
         "Content-Disposition": f'attachment; filename="events.{query.format}"',
@@ -60,21 +62,26 @@ async def export_events(request: Request, caller: Caller, query: Annotated[Expor
 @router.get("/stream", response_class=Response, responses=_STREAM_ANSWER)
 async def stream_events(
     request: Request,
-    caller: Caller,
+    caller: Reading,
     wanted: Annotated[EventFilter, Query()],
     last_event_id: Annotated[int | None, Header(ge=0, le=MAX_ID)] = None,
 ) -> Response:
     """Server-sent events, in the order of ids: what meets the filters from now on, or behind `Last-Event-ID`."""
+    wanted = caller.narrow(wanted)
     feed: Feed = request.app.state.feed
-    listener = await feed.listen(wanted, last_event_id)
+    listener = await feed.listen(wanted, last_event_id, caller.tenant)
     headers = {"X-Accel-Buffering": "no"}
     reads: ReadLog = request.app.state.reads
     reads.record(caller, "stream.open", wanted, 0)
 
     def end() -> None:
+        watching.cancel()
         listener.close()
         reads.record(caller, "stream", wanted, listener.count)
 
     answer = Streamed(listener.frames(), end, "text/event-stream", headers)
     listener.cut = answer.cut
+    authenticator: Authenticator = request.app.state.authenticator
+    presented = presented_key(dict(request.scope["headers"]))
+    watching = asyncio.create_task(authenticator.cut_when_refused(presented, answer.cut))
     return answer

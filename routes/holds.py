@@ -21,6 +21,7 @@ HoldId = Annotated[int, Path(ge=1, lt=2**63)]
 @router.post("", status_code=201, response_model=LegalHold)
 def place_hold(request: Request, response: Response, caller: Admin, wanted: LegalHoldIn) -> Any:
     """Keep the events that it names from retention, until it is released. Recorded as `audit.hold.place`."""
+    wanted.tenant = caller.narrow_tenant(wanted.tenant, "body.tenant")
     hold = holds.place_hold(request.app.state.database, wanted, caller.name)
     response.headers["Location"] = f"/legal-holds/{hold.id}"
     return hold
@@ -29,16 +30,16 @@ def place_hold(request: Request, response: Response, caller: Admin, wanted: Lega
 @router.get("", response_model=LegalHoldPage)
 def list_holds(request: Request, caller: Admin, wanted: Annotated[LegalHoldFilter, Query()]) -> Any:
     """Legal holds, oldest first, released ones too; follow `next_after` for more."""
-    return holds.list_holds(request.app.state.database, wanted)
+    return holds.list_holds(request.app.state.database, wanted, caller.tenant)
 
 
 @router.get("/{hold_id}", response_model=LegalHold, responses=responses(HoldNotFound))
 def get_hold(request: Request, caller: Admin, hold_id: HoldId) -> Any:
     """One legal hold by its id."""
-    return holds.find_hold(request.app.state.database, hold_id)
+    return holds.find_hold(request.app.state.database, hold_id, caller.tenant)
 
 
 @router.delete("/{hold_id}", response_model=LegalHold, responses=responses(HoldNotFound))
 def release_hold(request: Request, caller: Admin, hold_id: HoldId) -> Any:
     """Release a hold; it stays as history. Recorded as `audit.hold.release`, once."""
-    return holds.release_hold(request.app.state.database, hold_id, caller.name)
+    return holds.release_hold(request.app.state.database, hold_id, caller.name, caller.tenant)

@@ -24,6 +24,8 @@ def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
 
     Call again until `remaining` is 0. What was erased is recorded as `audit.redaction`. A legal hold keeps its events.
     """
+    if caller.tenant is not None:
+        raise Forbidden("This call needs a key that is bound to no tenant.")
     database = request.app.state.owner
     if wanted.dry_run:
         extent = redaction.measure(database, wanted, caller.name)

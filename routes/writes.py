@@ -13,12 +13,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import problems
-from auth import admit
+from auth import OTHER_TENANT_MESSAGE, Key, admit
 from ingest import cloudevents
 from ingest.append import Appended, Prepared, prepare_event
-from ingest.parse import parse_event, parse_event_lines, parse_events
+from ingest.parse import MAX_ERRORS, parse_event, parse_event_lines, parse_events
 from ingest.records import SERVICE
-from problems import BodyTooLarge, InvalidFields, Problem, UnsupportedMediaType
+from problems import BodyTooLarge, Forbidden, InvalidFields, Problem, UnsupportedMediaType
 from queries import lookup
 from schemas import PUBLIC_FIELDS, Event, EventIn
 
@@ -45,7 +45,7 @@ class Writes:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._handlers: dict[str, Callable[[State, Headers, Receive, Room], Awaitable[Answer]]] = {
+        self._handlers: dict[str, Callable[[State, Key, Headers, Receive, Room], Awaitable[Answer]]] = {
             "/events": _create_event,
             "/events/batch": _create_events,
         }
@@ -59,9 +59,10 @@ class Writes:
         headers: Headers = dict(scope["headers"])
         scope["state"]["route"] = scope["path"]
         try:
-            admit(scope, headers)
+            caller = await admit(scope, headers)
+            caller.require("write")
             with state.writer.room() as room:
-                status, answer_headers, body = await handler(state, headers, receive, room)
+                status, answer_headers, body = await handler(state, caller, headers, receive, room)
         except ClientDisconnect:
             return
         except Problem as problem:
@@ -72,10 +73,10 @@ class Writes:
         await send({"type": "http.response.body", "body": body})
 
 
-async def _create_event(state: State, headers: Headers, receive: Receive, room: Room) -> Answer:
+async def _create_event(state: State, caller: Key, headers: Headers, receive: Receive, room: Room) -> Answer:
     media_type = _media_type(headers)
     if media_type == cloudevents.BATCH.encode():
-        return await _append_batch(state, headers, receive, room, cloudevents.parse_batch)
+        return await _append_batch(state, caller, headers, receive, room, cloudevents.parse_batch)
     if media_type == cloudevents.STRUCTURED.encode():
         parse: Callable[[bytes], EventIn] = cloudevents.parse_structured
     elif media_type != b"application/json":
@@ -85,29 +86,29 @@ async def _create_event(state: State, headers: Headers, receive: Receive, room: 
     else:
         parse = lambda body: _with_headers(parse_event(body), headers)  # noqa: E731
     event = parse(await _read_body(headers, receive, room, MAX_BODY_BYTES))
-    (prepared,) = _prepare(state, [event])
+    (prepared,) = _prepare(state, caller, [event])
     appended = await _append(state, [prepared])
     event_id = appended.ids[0]
     location = (b"location", b"/events/%d" % event_id)
     if appended.replayed:
-        return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id)
+        return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id, caller.tenant)
     stored = {"id": event_id, "timestamp": prepared.timestamp, "recorded_at": appended.recorded_at, "redacted_at": None}
     members = {**event.__dict__, **stored}
     return 201, [location], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
 
 
-async def _create_events(state: State, headers: Headers, receive: Receive, room: Room) -> Answer:
+async def _create_events(state: State, caller: Key, headers: Headers, receive: Receive, room: Room) -> Answer:
     parse = _BATCH_PARSERS.get(_media_type(headers))
     if parse is None:
         raise UnsupportedMediaType(f"Send one of {b', '.join(_BATCH_PARSERS).decode()}.")
-    return await _append_batch(state, headers, receive, room, parse)
+    return await _append_batch(state, caller, headers, receive, room, parse)
 
 
 async def _append_batch(
-    state: State, headers: Headers, receive: Receive, room: Room, parse: Callable[[bytes], list[EventIn]]
+    state: State, caller: Key, headers: Headers, receive: Receive, room: Room, parse: Callable[[bytes], list[EventIn]]
 ) -> Answer:
     # Neither body nor parsed events get a name: they must be gone while the batch waits.
-    prepared = _prepare(state, _limited(parse(await _read_body(headers, receive, room, MAX_BATCH_BYTES))))
+    prepared = _prepare(state, caller, _limited(parse(await _read_body(headers, receive, room, MAX_BATCH_BYTES))))
     appended = await _append(state, prepared)
     receipt = {
         "count": len(prepared),
@@ -128,9 +129,11 @@ def _limited(events: list[EventIn]) -> list[EventIn]:
     return events
 
 
-def _prepare(state: State, events: Sequence[EventIn]) -> list[Prepared]:
+def _prepare(state: State, caller: Key, events: Sequence[EventIn]) -> list[Prepared]:
     now = datetime.now(UTC)
     _refuse_our_own_source(events)
+    if caller.tenant is not None or caller.event_types is not None:
+        _keep_within(caller, events)
     _refuse_the_future(events, now + state.settings.max_clock_skew)
     return [prepare_event(event, now) for event in events]
 
@@ -141,16 +144,35 @@ async def _append(state: State, prepared: Sequence[Prepared]) -> Appended:
     return appended
 
 
-async def _first_answer(state: State, event_id: int) -> bytes:
+async def _first_answer(state: State, event_id: int, tenant: str | None) -> bytes:
     """The event that a repeated key stands for."""
-    row = await state.database.in_thread(lookup.find_event, state.database, event_id)
+    row = await state.database.in_thread(lookup.find_event, state.database, event_id, tenant)
     return Event.model_validate(row).model_dump_json().encode()
+
+
+def _keep_within(caller: Key, events: Sequence[EventIn]) -> None:
+    """Give events the tenant that the key is bound to; raises Forbidden, which names each field that says otherwise."""
+    errors = []
+    for index, event in enumerate(events):
+        if caller.tenant is not None:
+            if event.tenant not in (None, caller.tenant):
+                errors.append({"location": _location(events, index, "tenant"), "message": OTHER_TENANT_MESSAGE})
+            event.tenant = caller.tenant
+        if caller.event_types is not None and not event.event_type.startswith(caller.event_types):
+            message = f"must begin like one of the key's own: {', '.join(caller.event_types)}"
+            errors.append({"location": _location(events, index, "event_type"), "message": message})
+    if errors:
+        raise Forbidden("This API key may not write this. Nothing was stored.", errors[:MAX_ERRORS])
+
+
+def _location(events: Sequence[EventIn], index: int, name: str) -> str:
+    return f"body.{name}" if len(events) == 1 else f"body.{index}.{name}"
 
 
 def _refuse_the_future(events: Sequence[EventIn], latest: datetime) -> None:
     errors = [
         {
-            "location": "body.timestamp" if len(events) == 1 else f"body.{index}.timestamp",
+            "location": _location(events, index, "timestamp"),
             "message": "lies further in the future than clocks may differ (MAX_CLOCK_SKEW)",
         }
         for index, event in enumerate(events)
@@ -164,7 +186,7 @@ def _refuse_our_own_source(events: Sequence[EventIn]) -> None:
     """What the service says of itself must be its own word: verification and redaction go by it."""
     errors = [
         {
-            "location": "body.source" if len(events) == 1 else f"body.{index}.source",
+            "location": _location(events, index, "source"),
             "message": f"{SERVICE} is the service itself",
         }
         for index, event in enumerate(events)

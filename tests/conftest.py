@@ -236,7 +236,7 @@ def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
     """A client of a running service whose log is empty."""
     client, url = _shared_app
     # In the order in which housekeeping, whose first round may be under way, locks them.
-    execute(url, "TRUNCATE rewrites_due, legal_holds, idempotency_keys, ledger_tiles, audit_events")
+    execute(url, "TRUNCATE rewrites_due, api_keys, legal_holds, idempotency_keys, ledger_tiles, audit_events")
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
     yield client
     assert_ledger_consistent(url)

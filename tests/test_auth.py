@@ -7,9 +7,9 @@ import httpx
 import pytest
 from conftest import API_KEY
 
-from auth import Authenticator, api_key_in_force
+from auth import api_key_in_force
 from config import ConfigurationError, Settings
-from problems import Unauthorized
+from keys.tokens import make_token
 
 PROTECTED = [("POST", "/events"), ("GET", "/events"), ("GET", "/events/1")]
 
@@ -24,6 +24,8 @@ PROTECTED = [("POST", "/events"), ("GET", "/events"), ("GET", "/events/1")]
         {"X-API-Key": API_KEY + "x"},
         {"X-API-Key": API_KEY[:-1]},
         {"X-API-Key": API_KEY.upper()},
+        {"X-API-Key": make_token()},
+        {"X-API-Key": make_token()[:-1] + "!"},
         {"X-API-Key": b"\xff\xfe"},
         {"Authorization": API_KEY},
         {"Authorization": "Bearer"},
@@ -58,20 +60,6 @@ def test_the_key_is_taken_from_either_header(client: httpx.Client, headers: dict
 def test_operations_and_documentation_need_no_key(client: httpx.Client, path: str) -> None:
     with httpx.Client(base_url=client.base_url) as stranger:
         assert stranger.get(path).status_code == 200
-
-
-def test_keys_are_compared_as_digests_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[tuple[bytes, bytes]] = []
-
-    def compare(left: bytes, right: bytes) -> bool:
-        compared.append((left, right))
-        return False
-
-    monkeypatch.setattr("hmac.compare_digest", compare)
-    for wrong in ("", "x", "x" * 10_000):
-        with pytest.raises(Unauthorized):
-            Authenticator(API_KEY).identify(wrong)
-    assert [(len(left), len(right)) for left, right in compared] == [(32, 32)] * 3
 
 
 def test_in_development_a_key_is_made_once_and_kept_private(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ LAYERS = [
     {"queries.aggregates", "queries.exports", "ingest.reads", "queries.replica", "queries.stream"},
     {"queries.pages", "queries.lookup"},
     {"queries.listing", "housekeeping.rounds"},
-    {"ingest.writer", "queries.filters", "auth", "telemetry"}
+    {"auth"},
+    {"keys.memory"},
+    {"ingest.writer", "queries.filters", "telemetry", "keys.store"}
     | {"housekeeping.holds", "housekeeping.redaction", "housekeeping.retention", "housekeeping.rewrite"},
     {"housekeeping.adoption"},
     {"ingest.records"},
@@ -34,7 +36,7 @@ LAYERS = [
     {"ingest.parse", "edge.connections"},
     {"models", "schemas"},
     {"fields"},
-    {"ledger.entries", "queries.reader"},
+    {"ledger.entries", "queries.reader", "keys.tokens"},
     {"queries.seals"},
     {"db"},
     {"migrations", "cluster", "edge.limits"},
@@ -47,7 +49,7 @@ PROBLEMS = [
     for value in vars(problems).values()
     if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
 ]
-PACKAGES = ("edge", "housekeeping", "ingest", "ledger", "queries", "routes")
+PACKAGES = ("edge", "housekeeping", "ingest", "keys", "ledger", "queries", "routes")
 MODULES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("[!_]*.py"))]
 MOST_MODULES_AT_THE_TOP = 14
 
