@@ -15,6 +15,7 @@ COPY alembic alembic
 COPY edge edge
 COPY housekeeping housekeeping
 COPY ingest ingest
+COPY keys keys
 COPY ledger ledger
 COPY queries queries
 COPY routes routes

@@ -40,3 +40,9 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 def test_env_files_never_reach_git_or_the_image() -> None:
     assert ".env\n" in (ROOT / ".gitignore").read_text()
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
+
+
+def test_every_package_reaches_the_image() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"bench"}
+    assert set(re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)) == packages | {"alembic"}
+    assert packages <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
