@@ -13,5 +13,6 @@ WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'audit_tenant_reader') \g
 SELECT format('CREATE ROLE %I', :'service_role')
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'service_role') \gexec
 SELECT format('ALTER ROLE %I LOGIN NOCREATEDB NOCREATEROLE PASSWORD %L', :'service_role', :'service_password') \gexec
-SELECT format('GRANT audit_tenant_reader TO %I', :'service_role') \gexec
+SELECT format('GRANT audit_tenant_reader TO %I', :'service_role')
+WHERE NOT pg_has_role(:'service_role', 'audit_tenant_reader', 'MEMBER') \gexec
 \endif
