@@ -61,6 +61,7 @@ class Settings:
     retention: timedelta | None = None  # None: keep for ever
     audit_reads: bool = False
     rate_limit: Rate | None = None  # requests a key, in each process
+    max_streams_per_key: int = 10_000  # in each worker: as many as that serves
     trusted_proxies: tuple[str, ...] = ()  # whose X-Forwarded-For and -Proto are believed
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
@@ -97,6 +98,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         retention=read.days("RETENTION_DAYS"),
         audit_reads=read.boolean("AUDIT_READS"),
         rate_limit=read.rate("RATE_LIMIT"),
+        max_streams_per_key=read.count("MAX_STREAMS_PER_KEY", Settings.max_streams_per_key, highest=10_000),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         tls_cert_file=read.file("TLS_CERT_FILE"),
         tls_key_file=read.file("TLS_KEY_FILE"),

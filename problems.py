@@ -18,6 +18,7 @@ Problem
 ├── InvalidFields              422
 ├── RateLimited                429, with Retry-After
 ├── TooManyFailures            429, with Retry-After
+├── TooManyStreams             429, with Retry-After
 ├── HeadTooLarge               431
 ├── InternalError              500
 └── Unavailable                503, with Retry-After
@@ -143,6 +144,13 @@ class TooManyFailures(Problem):
     headers: Mapping[str, str] = {"Retry-After": "1"}
 
 
+class TooManyStreams(Problem):
+    """This key has as many streams open here as MAX_STREAMS_PER_KEY lets it. Close one."""
+
+    status, code, title = 429, "too-many-streams", "Too many streams"
+    headers: Mapping[str, str] = {"Retry-After": "5"}
+
+
 class HeadTooLarge(Problem):
     """The request's head has more than 100 fields or 65,536 bytes."""
 
@@ -259,7 +267,7 @@ _DOCUMENT_SCHEMA = {
 def responses(*classes: type[Problem]) -> dict[int | str, dict[str, Any]]:
     """For OpenAPI: the problems that a route may answer, beside those that any route may."""
     documented: dict[int | str, dict[str, Any]] = {}
-    every: tuple[type[Problem], ...] = (*classes, InternalError)
+    every: tuple[type[Problem], ...] = (RequestTimeout, RateLimited, HeadTooLarge, InternalError, *classes)
     for cls in every:
         example = {**document(cls(), None), "request_id": "3e039e4563954a4b87bf87e7e3443a33"}
         content = {"application/problem+json": {"schema": _DOCUMENT_SCHEMA, "example": example}}

@@ -6,7 +6,7 @@ up in pages, joins the feed, and then costs no query: PostgreSQL says of each ne
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.sql.visitors import replacement_traverse
 
 from models import audit_events
-from problems import DatabaseUnavailable, Problem, ShuttingDown, TooManyReaders
+from problems import DatabaseUnavailable, Problem, ShuttingDown, TooManyReaders, TooManyStreams
 from queries.filters import conditions
 from queries.lines import SSE_FRAME
 from queries.pages import Selection, read_newest_id, read_pages
@@ -71,9 +71,11 @@ class _News:
 class Feed:
     """Follows the log for all listeners of this process, while there are any."""
 
-    def __init__(self, reader: Reader, gauge: Gauge) -> None:
+    def __init__(self, reader: Reader, gauge: Gauge, most_a_key: int) -> None:
         self._reader = reader
         self._gauge = gauge
+        self._most_a_key = most_a_key
+        self._open: Counter[str] = Counter()  # by the id of the key
         self._groups: dict[tuple[str | None, str], _Group] = {}
         self._joining: list[tuple[Listener, asyncio.Future[int]]] = []
         self._listeners: set[Listener] = set()
@@ -82,17 +84,25 @@ class Feed:
         self._is_stopping = False
         self._task = asyncio.create_task(self._follow())
 
-    async def listen(self, wanted: EventFilter, after: int | None, tenant: str | None = None) -> "Listener":
+    async def listen(self, wanted: EventFilter, after: int | None, key_id: str, tenant: str | None) -> "Listener":
         """A listener that gets what comes behind the event `after`, or from now on. It is to be closed.
 
-        `tenant`: the one that the caller is bound to, if any; the filter is, too.
+        `tenant`: the one that the caller's key is bound to, if any; the filter is, too.
+        Raises TooManyStreams, TooManyReaders or ShuttingDown.
         """
         if self._is_stopping:
             raise ShuttingDown()
         if len(self._listeners) >= MAX_LISTENERS:
             raise TooManyReaders("As many streams are open as this process serves at a time.")
-        newest = await self._reader.scan(read_newest_id)
-        listener = Listener(self, self._reader, wanted, newest if after is None else after, tenant)
+        if self._open[key_id] >= self._most_a_key:
+            raise TooManyStreams()
+        self._open[key_id] += 1  # before anybody else gets a turn
+        try:
+            newest = await self._reader.scan(read_newest_id)
+        except BaseException:
+            self._forget(key_id)
+            raise
+        listener = Listener(self, self._reader, wanted, newest if after is None else after, key_id, tenant)
         self._listeners.add(listener)
         self._gauge.inc()
         return listener
@@ -107,12 +117,18 @@ class Feed:
     def leave(self, listener: "Listener") -> None:
         if listener in self._listeners:
             self._listeners.discard(listener)
+            self._forget(listener.key_id)
             self._gauge.dec()
         group = self._groups.get(listener.key)
         if group is not None:
             group.listeners.discard(listener)
             if not group.listeners:
                 del self._groups[listener.key]
+
+    def _forget(self, key_id: str) -> None:
+        self._open[key_id] -= 1
+        if not self._open[key_id]:
+            del self._open[key_id]
 
     def end_streams(self) -> None:
         """The service stops: streams end now, so that nobody waits for them."""
@@ -176,8 +192,11 @@ class Feed:
 class Listener:
     """One open stream. Events behind `position` are still to come."""
 
-    def __init__(self, feed: Feed, reader: Reader, wanted: EventFilter, position: int, tenant: str | None) -> None:
+    def __init__(
+        self, feed: Feed, reader: Reader, wanted: EventFilter, position: int, key_id: str, tenant: str | None
+    ) -> None:
         self.wanted = wanted
+        self.key_id = key_id
         self.tenant = tenant
         self.key = tenant, wanted.model_dump_json()
         self.position = position

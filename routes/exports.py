@@ -69,7 +69,7 @@ async def stream_events(
     """Server-sent events, in the order of ids: what meets the filters from now on, or behind `Last-Event-ID`."""
     wanted = caller.narrow(wanted)
     feed: Feed = request.app.state.feed
-    listener = await feed.listen(wanted, last_event_id, caller.tenant)
+    listener = await feed.listen(wanted, last_event_id, caller.id, caller.tenant)
     headers = {"X-Accel-Buffering": "no"}
     reads: ReadLog = request.app.state.reads
     reads.record(caller, "stream.open", wanted, 0)

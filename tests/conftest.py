@@ -58,6 +58,7 @@ SCRUBBED = (
     "LOG_LEVEL",
     "LOG_WRITES",
     "MAX_CLOCK_SKEW",
+    "MAX_STREAMS_PER_KEY",
     "PORT",
     "QUERY_TIMEOUT",
     "RATE_LIMIT",

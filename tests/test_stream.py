@@ -251,3 +251,19 @@ def test_a_stop_of_the_service_ends_the_streams_at_once(database_url: URL, tmp_p
     assert time.monotonic() - told < 5
     assert "without completing" not in (tmp_path / "log").read_text()
     response.close()
+
+
+def test_a_key_has_so_many_streams_and_another_key_its_own(database_url: URL) -> None:
+    with running_app(settings_for(database_url, max_streams_per_key=2)) as client:
+        made = client.post("/keys", json={"name": "other", "scopes": ["read"]}).json()
+        with listening(client) as first, listening(client) as second:  # one that nobody holds is closed
+            with client.stream("GET", "/events/stream") as answer:
+                assert (answer.status_code, answer.headers.get("Retry-After")) == (429, "5")
+                assert json.loads(answer.read())["type"].endswith("too-many-streams")
+            with client.stream("GET", "/events/stream", headers={"X-API-Key": made["key"]}) as response:
+                assert response.status_code == 200
+            posted = post(client)
+            assert first.ids(1) == second.ids(1) == [posted]
+        eventually(lambda: "audit_streams_open 0.0" in client.get("/metrics").text)
+        with listening(client) as again:
+            assert post(client) == again.next()["id"]
