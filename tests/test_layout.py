@@ -36,7 +36,7 @@ LAYERS = [
     {"ingest.parse", "edge.connections"},
     {"models", "schemas"},
     {"fields"},
-    {"ledger.entries", "queries.reader", "keys.tokens"},
+    {"ledger.entries", "ledger.tree", "ledger.notes", "queries.reader", "keys.tokens"},
     {"queries.seals"},
     {"db"},
     {"migrations", "cluster", "edge.limits"},
