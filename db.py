@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -221,24 +221,19 @@ def owner_url(settings: Settings) -> Iterator[URL]:
         yield url
 
 
-@contextmanager
-def open_owner(settings: Settings, database: Database) -> Iterator[Database]:
+def open_owner(settings: Settings, database: Database) -> AbstractContextManager[Database]:
     """The database, under the role that may change and drop events: its own, where one is configured."""
-    if settings.database_owner_url is None:
-        yield database
-        return
-    with closing(Database(settings.database_owner_url)) as owner:
-        yield owner
+    return _open_or(settings.database_owner_url, database)
 
 
-@contextmanager
-def open_replica(settings: Settings, database: Database) -> Iterator[Database]:
+def open_replica(settings: Settings, database: Database) -> AbstractContextManager[Database]:
     """The database for reads: the replica that the settings name, or else the one that is written to."""
-    if settings.database_read_url is None:
-        yield database
-        return
-    with closing(Database(settings.database_read_url)) as replica:
-        yield replica
+    return _open_or(settings.database_read_url, database)
+
+
+def _open_or(url: URL | None, database: Database) -> AbstractContextManager[Database]:
+    """The one at the URL, closed when the block ends; without a URL this one, which somebody else closes."""
+    return nullcontext(database) if url is None else closing(Database(url))
 
 
 @contextmanager

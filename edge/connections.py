@@ -5,15 +5,12 @@ one comparison for each read and one for each head: the clock is looked at by a 
 """
 
 import json
-import logging
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from edge.headers import DATA_HEADERS
 from problems import BadRequest, HeadTooLarge, Problem, RequestTimeout, document
-
-logger = logging.getLogger("audit.connections")
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and fields together
 MAX_FIELDS = 100

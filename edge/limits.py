@@ -35,27 +35,26 @@ class Limits:
     """Token buckets: one for each key that called, where RATE_LIMIT is set, and one for each address that failed."""
 
     def __init__(self, rate: Rate | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rate = rate
+        self._rate = rate
         self._clock = clock
         self._keys: dict[str, _Bucket] = {}
         self._addresses: OrderedDict[str, _Bucket] = OrderedDict()
-        if rate is not None:
-            self._policy = (b"ratelimit-policy", b'"default";q=%d;w=%d' % (rate.count, rate.seconds))
 
-    def spend(self, key_name: str) -> Fields:
-        """Take one request from the key's quota; the fields that say what is left. Raises RateLimited.
+    def spend(self, key_id: str) -> Fields:
+        """Take one request from the key's quota; the fields that say what is left, if it has one. Raises RateLimited.
 
         The fields are those of draft-ietf-httpapi-ratelimit-headers-11, sections 3 and 4.
         """
-        if self.rate is None:
+        rate = self._rate
+        if rate is None:
             return ()
         now = self._clock()
-        bucket = self._keys.setdefault(key_name, _Bucket(self.rate.count, now))
-        if bucket.fill(self.rate, now) < 1:
-            wait_s = math.ceil((1 - bucket.tokens) * self.rate.seconds / self.rate.count)
-            raise RateLimited(retry_after_s=wait_s, fields=self._fields(bucket))
+        bucket = self._keys.setdefault(key_id, _Bucket(rate.count, now))
+        if bucket.fill(rate, now) < 1:
+            wait_s = math.ceil((1 - bucket.tokens) * rate.seconds / rate.count)
+            raise RateLimited(retry_after_s=wait_s, fields=_fields(rate, bucket))
         bucket.tokens -= 1
-        return self._fields(bucket)
+        return _fields(rate, bucket)
 
     def refuse_after_failures(self, address: str | None) -> None:
         """Raise TooManyFailures for an address that was wrong too often, whatever key it presents now."""
@@ -77,11 +76,13 @@ class Limits:
         if len(self._addresses) > MAX_ADDRESSES:
             self._addresses.popitem(last=False)
 
-    def _fields(self, bucket: _Bucket) -> Fields:
-        rate = self.rate
-        assert rate is not None  # noqa: S101 - for mypy
-        refilled_in_s = max(1, math.ceil((rate.count - bucket.tokens) * rate.seconds / rate.count))
-        return (self._policy, (b"ratelimit", b'"default";r=%d;t=%d' % (bucket.tokens, refilled_in_s)))
+
+def _fields(rate: Rate, bucket: _Bucket) -> Fields:
+    refilled_in_s = max(1, math.ceil((rate.count - bucket.tokens) * rate.seconds / rate.count))
+    return (
+        (b"ratelimit-policy", b'"default";q=%d;w=%d' % (rate.count, rate.seconds)),
+        (b"ratelimit", b'"default";r=%d;t=%d' % (bucket.tokens, refilled_in_s)),
+    )
 
 
 def _network(address: str) -> str:

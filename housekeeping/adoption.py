@@ -9,22 +9,21 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, text
 
 from db import Database
 from housekeeping import partitions
-from ingest.records import SERVICE, record
+from ingest.records import SERVICE, own_event, record
 from ledger import entries
+from ledger.tree import hash_leaf, hash_node, root_of
 from models import audit_events, ledger_head
 from problems import DatabaseUnavailable
 from schemas import EventIn
 
 EVENT_TYPE = "audit.ledger.adopt"
 _PAGE_ROWS = 5_000
-_WAIT_S = 5.0  # for a round of housekeeping: most take less
 _ENTRY_TEXTS = ("event_type", "tenant", "outcome", "source", "trace_id")
 
 _columns = audit_events.c
@@ -80,18 +79,13 @@ class _Tree:
     def append(self, leaf: bytes) -> None:
         node, size = leaf, self.size
         while size & 1:
-            node = sha256(b"\x01" + self.edge.pop() + node).digest()
+            node = hash_node(self.edge.pop(), node)
             size >>= 1
         self.edge.append(node)
         self.size += 1
 
     def root(self) -> bytes:
-        if not self.edge:
-            return sha256().digest()
-        node = self.edge[-1]
-        for left in reversed(self.edge[:-1]):
-            node = sha256(b"\x01" + left + node).digest()
-        return node
+        return root_of(self.edge)
 
 
 def find_adoption(connection: Connection) -> Adoption | None:
@@ -141,7 +135,7 @@ def hash_row(row: Mapping[Any, Any]) -> bytes:
     entry = {name: row[name] for name in _ENTRY_TEXTS if row[name] is not None}
     moments = {name: entries.format_timestamp(row[name]) for name in ("timestamp", "recorded_at")}
     personal = {"personal_hash": bytes(row["personal_hash"] or b"").hex()}
-    return sha256(b"\x00" + entries.canonical_json({"id": row["id"], **entry, **moments, **personal})).digest()
+    return hash_leaf(entries.canonical_json({"id": row["id"], **entry, **moments, **personal}))
 
 
 def adopt(database: Database, advance: Callable[[int], object]) -> Adoption | None:
@@ -150,7 +144,7 @@ def adopt(database: Database, advance: Callable[[int], object]) -> Adoption | No
     Interrupted, it goes on when called again. To be called where find_adoption() finds nothing. Raises
     DatabaseUnavailable while partitions are being looked after.
     """
-    with database.exclusive_session(partitions.UPKEEP_LOCK, _WAIT_S) as session:
+    with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
         if session is None:
             raise DatabaseUnavailable("Partitions are being looked after. Try again.")
         tree = _Tree()
@@ -211,11 +205,4 @@ def _is_intact(row: Mapping[Any, Any]) -> bool:
 
 def _event(tree: _Tree) -> EventIn:
     """It says nothing of a person, so that nobody has cause to redact it: the root would go with it."""
-    return EventIn(
-        event_type=EVENT_TYPE,
-        actor=SERVICE,
-        timestamp=datetime.now(UTC),
-        outcome="success",
-        source=SERVICE,
-        metadata={"count": tree.size, "root": tree.root().hex()},
-    )
+    return own_event(EVENT_TYPE, timestamp=datetime.now(UTC), metadata={"count": tree.size, "root": tree.root().hex()})

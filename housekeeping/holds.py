@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
 
 from db import Database
-from ingest.records import SERVICE, record
+from ingest.records import own_event, record
 from models import legal_holds
 from problems import HoldNotFound
 from schemas import EventIn, LegalHoldFilter, LegalHoldIn
@@ -74,11 +74,4 @@ def _of(tenant: str | None) -> list[ColumnElement[bool]]:
 
 
 def _change(verb: str, hold: Row[Any], by: str, metadata: dict[str, Any] | None) -> EventIn:
-    return EventIn(
-        event_type=f"audit.hold.{verb}",
-        actor=by,
-        resource=f"legal-holds/{hold.id}",
-        outcome="success",
-        source=SERVICE,
-        metadata=metadata,
-    )
+    return own_event(f"audit.hold.{verb}", by, resource=f"legal-holds/{hold.id}", metadata=metadata)

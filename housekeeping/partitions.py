@@ -14,6 +14,7 @@ from db import Database
 # Any constants will do. They are two, for a flush that lacks its month must not wait for a seal.
 CREATION_LOCK = 0x706172746974  # "partit"
 UPKEEP_LOCK = 0x75706B656570  # "upkeep": one replica at a time seals and drops
+UPKEEP_WAIT_S = 5.0  # for a round of housekeeping, where somebody waits for it: most take less
 
 _SEAL = "audit_events_month_is_over"
 _MARK = "expired, to be dropped by the audit service, was: "  # a comment on the table, before its bounds

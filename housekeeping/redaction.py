@@ -16,7 +16,7 @@ from db import Database
 from fields import names
 from housekeeping import partitions
 from housekeeping.adoption import find_adoption
-from ingest.records import SERVICE, record
+from ingest.records import SERVICE, own_event, record
 from problems import DatabaseUnavailable, InvalidFields
 from schemas import EventIn, RedactionIn
 
@@ -88,7 +88,6 @@ _ERASE_HOLDS = text(
     """
 )
 _ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
-_WAIT_S = 5.0  # for a round of housekeeping: most take less
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
 
 
@@ -115,7 +114,7 @@ def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: in
     itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
     """
     _check_record(database, wanted, by)
-    with database.exclusive_session(partitions.UPKEEP_LOCK, _WAIT_S) as session:
+    with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
         if session is None:
             raise DatabaseUnavailable("Partitions are being looked after, or another redaction runs. Try again.")
         if any(not each.is_attached or each.is_detaching for each in partitions.list_partitions(session)):
@@ -193,14 +192,4 @@ def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) ->
 
 def _event(name: str, by: str, moment: object, metadata: dict[str, object]) -> EventIn:
     """Its timestamp is the redacted_at of the events it tells of: that much stays when it is itself redacted."""
-    return EventIn.model_validate(
-        {
-            "event_type": "audit.redaction",
-            "actor": by,
-            "timestamp": moment,
-            "resource": name,
-            "outcome": "success",
-            "source": SERVICE,
-            "metadata": metadata,
-        }
-    )
+    return own_event("audit.redaction", by, timestamp=moment, resource=name, metadata=metadata)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from db import Database
 from housekeeping import partitions
 from housekeeping.partitions import Partition
-from ingest.records import SERVICE, record
+from ingest.records import own_event, record
 from ledger.entries import format_timestamp
 from schemas import EventIn
 
@@ -113,11 +113,4 @@ def _drop(database: Database, partition: Partition, content: dict[str, Any], kno
 
 
 def _event(verb: str, partition: Partition, metadata: dict[str, Any]) -> EventIn:
-    return EventIn(
-        event_type=f"audit.retention.{verb}",
-        actor=SERVICE,
-        resource=f"partitions/{partition.name}",
-        outcome="success",
-        source=SERVICE,
-        metadata=metadata,
-    )
+    return own_event(f"audit.retention.{verb}", resource=f"partitions/{partition.name}", metadata=metadata)

@@ -12,7 +12,6 @@ from db import Database
 from housekeeping import partitions
 
 # What everybody writes to is rewritten while they wait, some 2 s at this size. A larger month is, when it is over.
-_WAIT_S = 5.0  # for a round of housekeeping: most take less
 MOST_BYTES_IN_USE = 256 * 1024 * 1024
 
 _FORGET_DROPPED = text("DELETE FROM rewrites_due WHERE to_regclass(relation) IS NULL")
@@ -47,7 +46,7 @@ def rewrite_erased(database: Database) -> Iterator[str]:
     A table stays due where an open transaction may still see what was erased. Raises DatabaseUnavailable where
     somebody uses one for more than a second; the next call resumes.
     """
-    with database.exclusive_session(partitions.UPKEEP_LOCK, _WAIT_S) as session:
+    with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
         if session is None:
             return
         session.execute(_FORGET_DROPPED)

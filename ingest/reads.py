@@ -9,13 +9,14 @@ import json
 import logging
 from collections import deque
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from auth import Key
 from ingest.append import prepare_event
-from ingest.records import SERVICE
+from ingest.records import own_event
 from ingest.writer import Writer
 from problems import OutcomeUnknown, Problem, Unavailable
 from schemas import EventFilter, EventIn
@@ -89,15 +90,8 @@ def _event(caller: Key, call: str, wanted: EventFilter | None, totals: dict[str,
     filters = {} if wanted is None else wanted.model_dump(mode="json", exclude_defaults=True)
     if "metadata" in filters:
         filters["metadata"] = json.dumps(filters["metadata"])  # as it was sent: it may be as deep as metadata can be
-    members: dict[str, Any] = {
-        "event_type": "audit.read",
-        "actor": caller.name,
-        "tenant": caller.tenant,
-        "timestamp": datetime.now(UTC),
-        "outcome": "success",
-        "source": SERVICE,
-    }
+    event = partial(own_event, "audit.read", caller.name, tenant=caller.tenant, timestamp=datetime.now(UTC))
     try:
-        return EventIn(**members, metadata={"call": call, "filters": filters, **totals})
+        return event(metadata={"call": call, "filters": filters, **totals})
     except ValidationError:  # larger than an event may be
-        return EventIn(**members, metadata={"call": call, "filter_names": sorted(filters), **totals})
+        return event(metadata={"call": call, "filter_names": sorted(filters), **totals})

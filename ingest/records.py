@@ -1,6 +1,7 @@
 """Events about the service itself: what was done to the log is in the log."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 from psycopg2.extensions import connection as DriverConnection
 from sqlalchemy import Connection
@@ -9,6 +10,11 @@ from ingest.append import append_submissions, prepare_event, submission_of
 from schemas import EventIn
 
 SERVICE = "audit-service"  # the source of these events, and the actor of what nobody asked for
+
+
+def own_event(event_type: str, actor: str = SERVICE, **members: Any) -> EventIn:
+    """An event of the service's own, about what the actor had it do."""
+    return EventIn(event_type=event_type, actor=actor, outcome="success", source=SERVICE, **members)
 
 
 def record(connection: Connection, event: EventIn) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, insert, select, text, update
 
 from db import Database
-from ingest.records import SERVICE, record
+from ingest.records import own_event, record
 from keys.tokens import make_token, parse_token
 from models import api_keys
 from problems import InvalidFields, KeyNotFound
@@ -118,12 +118,5 @@ def _of(tenant: str | None) -> list[ColumnElement[bool]]:
 
 def _change(verb: str, key: Mapping[str, Any], by: str, metadata: dict[str, Any] | None) -> EventIn:
     """The event stands in the log of the tenant that the key is bound to."""
-    return EventIn(
-        event_type=f"audit.key.{verb}",
-        actor=by,
-        tenant=key["tenant"],
-        resource=f"keys/{key['id']}",
-        outcome="success",
-        source=SERVICE,
-        metadata=metadata,
-    )
+    resource = f"keys/{key['id']}"
+    return own_event(f"audit.key.{verb}", by, tenant=key["tenant"], resource=resource, metadata=metadata)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Row, bindparam, select
 
 from db import Database
 from models import audit_events
@@ -14,21 +14,16 @@ from queries.seals import recorded_condition, recorded_values
 _columns = audit_events.c
 
 
-def get_event(connection: Connection, event_id: int, tenant: str | None = None) -> Row[Any]:
+def find_event(database: Database, event_id: int, tenant: str | None = None) -> Row[Any]:
     """The event with this id, of the tenant where one is given; raises EventNotFound. Index: audit_events_pkey."""
     statement = select(audit_events).where(_columns.id == event_id)
     if tenant is not None:
         statement = statement.where(_columns.tenant == tenant)
-    row = connection.execute(statement).one_or_none()
+    with database.transaction() as connection:
+        row = connection.execute(statement).one_or_none()
     if row is None:
         raise EventNotFound(f"There is no event with the id {event_id}.")
     return row
-
-
-def find_event(database: Database, event_id: int, tenant: str | None = None) -> Row[Any]:
-    """get_event in a transaction of its own."""
-    with database.transaction() as connection:
-        return get_event(connection, event_id, tenant)
 
 
 # Index: audit_events_pkey, of the one sealed partition that may have the id, and of those that are not sealed.

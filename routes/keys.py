@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Request
 
 from auth import Admin, Key
 from fields import KeyId
@@ -18,13 +18,11 @@ router = APIRouter(
 
 
 @router.post("", status_code=201, response_model=NewApiKey)
-def create_key(request: Request, response: Response, caller: Admin, wanted: ApiKeyIn) -> Any:
+def create_key(request: Request, caller: Admin, wanted: ApiKeyIn) -> Any:
     """Make a key, which is shown in this answer only. Recorded as `audit.key.create`."""
     wanted.tenant = caller.narrow_tenant(wanted.tenant, "body.tenant")
     wanted.event_types = _narrow_event_types(caller, wanted.event_types)
-    made = store.create_key(request.app.state.database, wanted, caller.name)
-    response.headers["Cache-Control"] = "no-store"
-    return made
+    return store.create_key(request.app.state.database, wanted, caller.name)
 
 
 @router.get("", response_model=ApiKeyPage)

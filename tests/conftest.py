@@ -30,7 +30,7 @@ from verify import assert_ledger_consistent
 import migrations
 from cluster import Cluster
 from config import ROOT, Settings
-from db import embedded_binaries
+from db import Database, embedded_binaries
 from main import create_app
 
 API_KEY = "test-key-of-the-suite"
@@ -173,6 +173,15 @@ def database_url(server: Server) -> Iterator[URL]:
 
 
 @pytest.fixture
+def database(database_url: URL) -> Iterator[Database]:
+    """The same, opened; its log is checked at the end."""
+    database = Database(database_url)
+    yield database
+    database.close()
+    assert_ledger_consistent(database_url)
+
+
+@pytest.fixture
 def empty_database_url(server: Server) -> Iterator[URL]:
     """A database of the test's own with nothing in it."""
     with server.database() as url:
@@ -265,6 +274,14 @@ def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0, log.read_text()
+
+
+def run_cli(url: URL, *arguments: str) -> tuple[int, list[str], str]:
+    """`python cli.py …` on this database: its exit status, the lines that it printed, and what it complained of."""
+    environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)}
+    command = [sys.executable, "cli.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout.splitlines(), result.stderr
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

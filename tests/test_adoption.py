@@ -1,13 +1,10 @@
 """`ledger adopt`: the rows from before the ledger get an event that vouches for them."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import execute, running_app, settings_for
+from conftest import execute, run_cli, running_app, settings_for
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
@@ -16,7 +13,6 @@ from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent, leaf_of, tree_hash
 
 import migrations
-from config import ROOT
 from db import Database
 from housekeeping import adoption, redaction
 from schemas import RedactionIn
@@ -168,25 +164,18 @@ def test_any_number_of_leaves_has_the_root_of_rfc_6962(leaves: list[bytes]) -> N
     assert tree.root() == tree_hash(leaves)
 
 
-def run(url: URL) -> tuple[int, str, str]:
-    environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)}
-    command = [sys.executable, "cli.py", "ledger", "adopt"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return result.returncode, result.stdout, result.stderr
-
-
 def test_adoption_from_the_command_line(database: Database) -> None:
-    status, said, progress = run(database.url)
+    status, (said,), progress = run_cli(database.url, "ledger", "adopt")
     assert (status, said.startswith(f"Event {COUNT * 3 // 2 + 1} vouches for {COUNT} rows, root ")) == (0, True)
     assert "hashing: 100%" in progress
-    assert run(database.url)[:2] == (0, said)
+    assert run_cli(database.url, "ledger", "adopt")[:2] == (0, [said])
     execute(database.url, "UPDATE audit_events SET actor = 'eve' WHERE id = 4")
-    status, again, complaint = run(database.url)
-    assert (status, again) == (1, said)
+    status, again, complaint = run_cli(database.url, "ledger", "adopt")
+    assert (status, again) == (1, [said])
     assert "Row 4 was changed" in complaint
 
 
 def test_a_log_that_began_with_the_ledger_has_nothing_to_adopt(database_url: URL) -> None:
-    status, said, _ = run(database_url)
-    assert (status, said) == (0, "There is nothing to adopt: no row is older than the ledger.\n")
+    status, said, _ = run_cli(database_url, "ledger", "adopt")
+    assert (status, said) == (0, ["There is nothing to adopt: no row is older than the ledger."])
     assert assert_ledger_consistent(database_url) == 0

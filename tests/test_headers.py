@@ -20,6 +20,7 @@ def answers(client: httpx.Client) -> list[httpx.Response]:
     return [
         client.post("/events", json=LOGIN),
         client.post("/events", content=b"{"),
+        client.post("/keys", json={"name": "shop", "scopes": ["read"]}),
         client.get("/events"),
         client.get("/events/export"),
         client.get("/events/1", headers={"X-API-Key": "wrong"}),

@@ -1,18 +1,13 @@
 """Legal holds over HTTP: placed, listed, released, and each change in the log."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import httpx
 import pytest
-from conftest import execute, running_app, settings_for
+from conftest import execute, run_cli, running_app, settings_for
 from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent
-
-from config import ROOT
 
 HOLD = {"actor": "alice", "reason": "Case 2026-117"}
 
@@ -123,12 +118,9 @@ def test_holds_need_a_key_and_the_scope_admin(client: httpx.Client) -> None:
 
 
 def test_holds_from_the_command_line(database_url: URL) -> None:
-    environment = {**os.environ, "DATABASE_URL": database_url.render_as_string(hide_password=False)}
-
     def holds(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
-        command = [sys.executable, "cli.py", "holds", *arguments]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        return result.returncode, [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+        status, lines, complaint = run_cli(database_url, "holds", *arguments)
+        return status, [json.loads(line) for line in lines], complaint
 
     status, (placed,), _ = holds("place", "--actor", "alice", "--reason", "Case 1", "--by", "carol")
     assert (status, placed["actor"], placed["reason"], placed["created_by"]) == (0, "alice", "Case 1", "carol")

@@ -29,14 +29,6 @@ REDACTION = "actor = '[redacted]', nonce = NULL, redacted_at = now()"
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
 
-@pytest.fixture
-def database(database_url: URL) -> Iterator[Database]:
-    database = Database(database_url)
-    yield database
-    database.close()
-    assert_ledger_consistent(database_url)
-
-
 @contextmanager
 def reader(url: URL) -> Iterator[Connection]:
     """Somebody who has read every partition, and whose transaction stays open."""

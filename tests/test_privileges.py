@@ -211,6 +211,29 @@ def test_a_role_that_is_missing_stops_the_command_with_the_statement_that_makes_
     assert "Traceback" not in result.stderr
 
 
+def test_an_owner_who_may_make_no_role_is_told_what_to_have_a_superuser_run(
+    service_role: tuple[str, str], server: Server, empty_database_url: URL
+) -> None:
+    owner, password = f"audit_test_owner_{os.getpid()}", secrets.token_hex(16)
+    execute(server.admin_url, f"CREATE ROLE {owner} LOGIN PASSWORD '{password}'")
+    execute(server.admin_url, f"ALTER DATABASE {empty_database_url.database} OWNER TO {owner}")
+    execute(server.admin_url, f"REVOKE audit_tenant_reader FROM {service_role[0]}")  # of another test
+    owner_url = empty_database_url.set(username=owner, password=password)
+    try:
+        with pytest.raises(RuntimeError, match=f"GRANT audit_tenant_reader TO {owner};"):
+            migrations.upgrade(owner_url, service_role[0])
+        execute(server.admin_url, f"GRANT audit_tenant_reader TO {owner}")
+        with pytest.raises(SystemExit, match=f'superuser run: GRANT audit_tenant_reader TO "{service_role[0]}";'):
+            migrations.upgrade(owner_url, service_role[0])
+        execute(server.admin_url, f"GRANT audit_tenant_reader TO {service_role[0]}")
+        migrations.upgrade(owner_url, service_role[0])
+    finally:
+        execute(server.admin_url, f"REVOKE audit_tenant_reader FROM {service_role[0]}")
+        execute(empty_database_url, f"REASSIGN OWNED BY {owner} TO CURRENT_USER")
+        execute(empty_database_url, f"DROP OWNED BY {owner}, {service_role[0]}")
+        execute(server.admin_url, f"DROP ROLE {owner}")
+
+
 def test_a_superuser_is_warned_of(database_url: URL, server: Server) -> None:
     name = f"{ROLE}_super"
     execute(server.admin_url, f"CREATE ROLE {name} SUPERUSER")

@@ -1,17 +1,13 @@
 """Redaction: personal data is gone from answers, tables and files; what the tree vouches for is what it was."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psycopg2
 import pytest
-from conftest import API_KEY, execute, running_app, served, settings_for
+from conftest import API_KEY, execute, run_cli, running_app, served, settings_for
 from months import append_events, fill_months
 from sqlalchemy import text
 from sqlalchemy.engine import URL
@@ -19,7 +15,6 @@ from verify import assert_ledger_consistent, leaf_of
 
 import migrations
 from cluster import Cluster
-from config import ROOT
 from db import Database
 from housekeeping import holds, redaction, rewrite
 from housekeeping.partitions import detach, list_partitions, seal_finished_months
@@ -63,14 +58,6 @@ def records(client: httpx.Client) -> list[dict[str, Any]]:
     page = client.get("/events", params={"event_type": "audit.redaction", "order": "asc"}).json()
     events: list[dict[str, Any]] = page["events"]
     return events
-
-
-@pytest.fixture
-def database(database_url: URL) -> Iterator[Database]:
-    database = Database(database_url)
-    yield database
-    database.close()
-    assert_ledger_consistent(database_url)
 
 
 def test_a_dry_run_counts_and_changes_nothing(client: httpx.Client) -> None:
@@ -368,12 +355,9 @@ def _first_row(url: URL, statement: str) -> tuple[bytes, bytes]:
 def test_redaction_from_the_command_line(database: Database) -> None:
     append_events(database, EVENT, BOB, EVENT)
     holds.place_hold(database, LegalHoldIn(actor="bob", reason="Case 1"), "carol")
-    environment = {**os.environ, "DATABASE_URL": database.url.render_as_string(hide_password=False)}
 
     def run(*arguments: str) -> tuple[int, list[str], str]:
-        command = [sys.executable, "cli.py", "redact", "--reason", REASON, "--by", "carol", *arguments]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        return result.returncode, result.stdout.splitlines(), result.stderr
+        return run_cli(database.url, "redact", "--reason", REASON, "--by", "carol", *arguments)
 
     status, said, _ = run("--actor", EVENT["actor"])
     assert (status, said[0]) == (0, "2 events to redact, 0 kept by legal holds")

@@ -1,4 +1,7 @@
-"""Tenants apart: a key bound to one neither sees nor writes another's events, by any call."""
+"""Tenants apart: a key bound to one neither sees nor writes another's events, by any call.
+
+Two walls hold that, the condition in the query and PostgreSQL's policy; each is tried without the other.
+"""
 
 import json
 import os
@@ -220,3 +223,25 @@ def test_it_holds_under_the_services_own_role(server: Server, database_url: URL)
         execute(database_url, f"DROP OWNED BY {role}")
         execute(server.admin_url, f"REVOKE audit_tenant_reader FROM {role}")
         execute(server.admin_url, f"DROP ROLE {role}")
+
+
+def test_the_filter_holds_without_it(database_url: URL) -> None:
+    with running_app(settings_for(database_url)) as client:
+        assert client.post("/events/batch", json=LOG).status_code == 201
+        mine = key_for(client, "acme")
+        execute(database_url, "ALTER POLICY audit_events_of_tenants ON audit_events USING (true)")
+        assert tenants_in(client.get("/events", headers=mine).json()["events"]) == {"acme"}
+        assert client.get("/events/count", headers=mine).json()["count"] == 11
+        top = client.get("/events/top", params={"field": "tenant"}, headers=mine).json()
+        assert top["values"] == [{"value": "acme", "count": 11}]
+        histogram = client.get("/events/histogram", params={"interval": "month"}, headers=mine).json()
+        assert sum(bucket["count"] for bucket in histogram["buckets"]) == 11
+        assert client.get("/events/export", headers=mine).text.count("\n") == 12
+        assert client.get("/events/2", headers=mine).status_code == 404
+        with client.stream("GET", "/events/stream", headers={**mine, "Last-Event-ID": "0"}) as stream:
+            told = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+            assert tenants_in([next(told) for _ in range(11)]) == {"acme"}
+            for tenant in ("globex", "acme"):
+                client.post("/events", json={"event_type": "new", "actor": "a", "tenant": tenant})
+            assert next(told)["tenant"] == "acme"
+    assert assert_ledger_consistent(database_url) == 33
