@@ -17,6 +17,7 @@ COPY housekeeping housekeeping
 COPY ingest ingest
 COPY keys keys
 COPY ledger ledger
+COPY proofs proofs
 COPY queries queries
 COPY routes routes
 COPY *.py ./

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,7 +13,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from sqlalchemy import Row
 
-from config import ConfigurationError, Settings
+from config import ConfigurationError, Settings, kept_secret
 from edge.limits import Limits
 from fields import Scope
 from keys.memory import KeyMemory
@@ -130,15 +129,7 @@ def api_key_in_force(settings: Settings) -> str:
         return settings.api_key
     if not settings.in_development:
         raise ConfigurationError("API_KEY: not set. Make one with `openssl rand -hex 32`")
-    path = settings.data_dir / "api_key"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        return path.read_text().strip()
-    with open(descriptor, "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
-    return path.read_text().strip()
+    return kept_secret(settings.data_dir / "api_key", lambda: secrets.token_hex(32))
 
 
 def presented_key(headers: Mapping[bytes, bytes]) -> str | None:

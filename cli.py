@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,12 @@ from config import ConfigurationError, Settings, load_settings, parse_duration
 from db import Database, open_database, open_owner
 from housekeeping import adoption, holds, redaction, rewrite
 from keys import store as keys
+from ledger.notes import NoteError, Signer, generate_signer, parse_verifier
 from problems import Problem
+from proofs.checkpoints import find_newest
+from proofs.continuation import record_continuation
+from proofs.signing import signer_in_force
+from proofs.witnesses import WitnessRefused, keep_cosignature, request_cosignature, send_to_witness
 from schemas import (
     SCOPES,
     ApiKey,
@@ -49,7 +55,8 @@ def main() -> int:
 
 def serve(settings: Settings, _: Namespace) -> int:
     """Serve HTTP until SIGINT or SIGTERM, then finish the requests under way."""
-    api_key_in_force(settings)  # a missing one stops the start here, in one line
+    api_key_in_force(settings)  # a missing one stops the start here, in one line; so does a signing key
+    signer_in_force(settings)
     return serve_with_workers(settings) if settings.workers > 1 else serve_alone(settings)
 
 
@@ -212,7 +219,75 @@ def _redact(database: Database, wanted: RedactionIn, by: str, expected: int) -> 
 
 def _add_ledger_commands(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    keygen = actions.add_parser("keygen", help="make the pair of keys with which checkpoints are signed and verified")
+    keygen.add_argument("--origin", help="the log's name, like audit.example.com/log; LEDGER_ORIGIN where left out")
+    keygen.set_defaults(run=_on_keygen)
     actions.add_parser("adopt", help="vouch for the rows from before the ledger").set_defaults(run=_on_adoption)
+    request = actions.add_parser("cosign-request", help="print what a witness is asked to sign")
+    cosign = actions.add_parser("cosign", help="keep what a witness signed, and serve it")
+    source = cosign.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", help="the witness' submission prefix: ask it there")
+    source.add_argument("--request", help="the file that cosign-request printed; the answer comes on standard input")
+    for action in (request, cosign):
+        action.add_argument("--witness", required=True, metavar="VKEY", help="the witness' public key")
+        action.add_argument("--old-size", type=int, help="what it signed last, where that was not kept here")
+    request.set_defaults(run=_on_ledger, act=_print_cosign_request)
+    cosign.set_defaults(run=_on_ledger, act=_cosign)
+    going_on = actions.add_parser("continue", help="after a restored backup: record what the old log vouched for")
+    going_on.add_argument("--checkpoint", required=True, help="the file with the old log's last checkpoint")
+    going_on.add_argument("--key", required=True, metavar="VKEY", help="the old log's public key")
+    going_on.add_argument("--by", required=True, help="who asks for it, for the record")
+    going_on.set_defaults(run=_on_ledger, act=_continue_log)
+
+
+def _on_keygen(settings: Settings, arguments: Namespace) -> int:
+    """Print the pair; the secret half is for LEDGER_SIGNING_KEY, the other for whoever verifies."""
+    origin = arguments.origin or settings.ledger_origin
+    if origin is None:
+        raise ConfigurationError("LEDGER_ORIGIN: not set, and no --origin given")
+    signer = generate_signer(origin)
+    print(f"LEDGER_SIGNING_KEY={signer.secret_text()}\nPublic key: {signer.verifier}")
+    return 0
+
+
+def _on_ledger(settings: Settings, arguments: Namespace) -> int:
+    """Do it with the configured database and the log's key; whatever it lacks is told in a line."""
+    signer = signer_in_force(settings)
+    try:
+        with open_database(settings) as database:
+            arguments.act(database, signer, arguments)
+    except (Problem, NoteError, WitnessRefused, OSError) as error:
+        print(f"audit-service: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_cosign_request(database: Database, signer: Signer, arguments: Namespace) -> None:
+    print(_cosign_request(database, signer, arguments), end="")
+
+
+def _cosign_request(database: Database, signer: Signer, arguments: Namespace) -> str:
+    checkpoint = find_newest(database, signer.verifier)
+    return request_cosignature(database, checkpoint, parse_verifier(arguments.witness), arguments.old_size)
+
+
+def _cosign(database: Database, signer: Signer, arguments: Namespace) -> None:
+    if arguments.url:
+        request = _cosign_request(database, signer, arguments)
+        answer = send_to_witness(arguments.url, request)
+    else:
+        request, answer = Path(arguments.request).read_text(), sys.stdin.read()
+    size = keep_cosignature(database, request, parse_verifier(arguments.witness), answer)
+    print(f"The checkpoint of size {size} has the witness' signature: GET /ledger/checkpoint?cosigned=true")
+
+
+def _continue_log(database: Database, signer: Signer, arguments: Namespace) -> None:
+    note = Path(arguments.checkpoint).read_text()
+    found = record_continuation(database, note, parse_verifier(arguments.key), signer.name, arguments.by)
+    print(
+        f"{found.old.origin} vouched for {found.old.size} events; {found.lost} of them are lost, {found.kept} are here."
+    )
+    print(f"Recorded as audit.ledger.continue. {signer.name} goes on.")
 
 
 def _on_adoption(settings: Settings, _: Namespace) -> int:

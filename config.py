@@ -7,7 +7,7 @@ A wrong value stops the start with the variable's name, and never with its value
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,10 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 # The values that .env.example and countless tutorials carry. Everybody knows them.
 PLACEHOLDERS = frozenset(
-    {"change-me", "changeme", "change-me-too", "change-me-as-well", "your-api-key", "your_api_key"}
+    {
+        *("change-me", "changeme", "change-me-too", "change-me-as-well", "your-api-key", "your_api_key"),
+        "PRIVATE+KEY+audit.example/log+406856bf+AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+    }
 )
 
 
@@ -60,6 +63,10 @@ class Settings:
     count_limit: int = 1_000_000
     retention: timedelta | None = None  # None: keep for ever
     audit_reads: bool = False
+    ledger_origin: str | None = None  # None: the name of the signing key
+    ledger_signing_key: str | None = field(default=None, repr=False)
+    checkpoint_sink: str | None = field(default=None, repr=False)  # a file, or a URL that may hold a password
+    checkpoint_interval: timedelta = timedelta(seconds=10)
     rate_limit: Rate | None = None  # requests a key, in each process
     max_streams_per_key: int = 10_000  # in each worker: as many as that serves
     trusted_proxies: tuple[str, ...] = ()  # whose X-Forwarded-For and -Proto are believed
@@ -97,6 +104,10 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
         retention=read.days("RETENTION_DAYS"),
         audit_reads=read.boolean("AUDIT_READS"),
+        ledger_origin=read.text("LEDGER_ORIGIN"),
+        ledger_signing_key=_read_signing_key(read),
+        checkpoint_sink=read.text("CHECKPOINT_SINK"),
+        checkpoint_interval=read.duration("CHECKPOINT_INTERVAL", Settings.checkpoint_interval),
         rate_limit=read.rate("RATE_LIMIT"),
         max_streams_per_key=read.count("MAX_STREAMS_PER_KEY", Settings.max_streams_per_key, highest=10_000),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
@@ -160,8 +171,14 @@ def _read_api_key(read: "_Reader") -> str | None:
     return key
 
 
+def _read_signing_key(read: "_Reader") -> str | None:
+    """LEDGER_SIGNING_KEY wins; else the content of LEDGER_SIGNING_KEY_FILE; else None."""
+    file = read.file("LEDGER_SIGNING_KEY_FILE")
+    return read.text("LEDGER_SIGNING_KEY") or (Path(file).read_text().strip() if file else None)
+
+
 def _refuse_placeholders(settings: Settings) -> None:
-    secrets = {"API_KEY": settings.api_key}
+    secrets = {"API_KEY": settings.api_key, "LEDGER_SIGNING_KEY": settings.ledger_signing_key}
     urls = {
         "DB_PASSWORD": settings.database_url,
         "DB_OWNER_PASSWORD": settings.database_owner_url,
@@ -184,6 +201,18 @@ def parse_duration(name: str, value: str) -> timedelta:
         raise ConfigurationError(f"{name}: must be a number and s, m, h or d, like 90s or 30d")
     unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[parts[2]]
     return timedelta(**{unit: int(parts[1])})
+
+
+def kept_secret(path: Path, make: Callable[[], str]) -> str:
+    """The secret in this file, which is made the first time, for its owner's eyes only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return path.read_text().strip()
+    with open(descriptor, "w") as file:
+        file.write(make() + "\n")
+    return path.read_text().strip()
 
 
 class _Reader:

@@ -21,11 +21,15 @@ from housekeeping.rounds import keep_house
 from ingest.reads import ReadLog
 from ingest.writer import Writer
 from keys.memory import KeyMemory
+from proofs.checkpoints import Checkpoints
+from proofs.signing import signer_in_force
+from proofs.sink import sink_at
+from proofs.watch import LedgerWatch
 from queries.exports import Exports
 from queries.reader import Reader
 from queries.replica import ReplicaWatch
 from queries.stream import Feed
-from routes import docs, events, exports, holds, keys, operations, redactions
+from routes import docs, events, exports, holds, keys, ledger, operations, redactions
 from routes.writes import Writes
 from telemetry import Metrics, Telemetry, configure_logging
 
@@ -76,6 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         configure_logging(app.state.settings)
         app.state.limits = Limits(app.state.settings.rate_limit)
         api_key = api_key_in_force(app.state.settings)
+        signer = signer_in_force(app.state.settings)
         with (
             open_database(app.state.settings) as database,
             open_owner(app.state.settings, database) as owner,
@@ -92,7 +97,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.feed = Feed(app.state.reader, app.state.metrics.streams, app.state.settings.max_streams_per_key)
             app.state.writer = Writer(database, owner)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
+            app.state.checkpoints = Checkpoints(database, signer)
+            sink = sink_at(app.state.settings.checkpoint_sink)
+            watch_ledger = LedgerWatch(app.state.checkpoints, sink, app.state.metrics)
+            await asyncio.to_thread(watch_ledger.look)
             background = [
+                asyncio.create_task(watch_ledger.run(app.state.settings.checkpoint_interval.total_seconds())),
                 asyncio.create_task(keep_house(owner, app.state.settings, app.state.metrics)),
                 asyncio.create_task(memory.write_uses_now_and_then()),
             ]
@@ -122,6 +132,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install_handlers(app)
     app.include_router(exports.router)  # before events: /events/{event_id} would take its paths
     app.include_router(events.router)
+    app.include_router(ledger.router)
     app.include_router(holds.router)
     app.include_router(redactions.router)
     app.include_router(keys.router)

@@ -76,6 +76,32 @@ ledger_tiles = Table(
     CheckConstraint("octet_length(root) = 32", name="ledger_tiles_root_has_32_bytes"),
 )
 
+# What the service signed, one row a checkpoint; origin is the name of the log and of its key.
+ledger_checkpoints = Table(
+    "ledger_checkpoints",
+    metadata,
+    Column("origin", Text, nullable=False),
+    Column("size", BigInteger, nullable=False, autoincrement=False),
+    Column("root", LargeBinary, nullable=False),
+    Column("note", Text, nullable=False),  # text and signature, as it is served
+    Column("signed_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("origin", "size", name="ledger_checkpoints_pkey"),
+    CheckConstraint("size >= 0", name="ledger_checkpoints_size_is_not_negative"),
+    CheckConstraint("octet_length(root) = 32", name="ledger_checkpoints_root_has_32_bytes"),
+)
+
+# What witnesses signed under them. witness is its key, in the form of a vkey; signature a line of a signed note.
+ledger_cosignatures = Table(
+    "ledger_cosignatures",
+    metadata,
+    Column("origin", Text, nullable=False),
+    Column("size", BigInteger, nullable=False, autoincrement=False),
+    Column("witness", Text, nullable=False),
+    Column("signature", Text, nullable=False),
+    Column("signed_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("origin", "size", "witness", name="ledger_cosignatures_pkey"),
+)
+
 # The first answer to each key. tenant is '' where the event has none.
 idempotency_keys = Table(
     "idempotency_keys",

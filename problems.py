@@ -7,9 +7,11 @@ Problem
 ├── Unauthorized               401
 ├── Forbidden                  403
 ├── NotFound                   404
+│   ├── CheckpointNotFound     404
 │   ├── EventNotFound          404
 │   ├── HoldNotFound           404
-│   └── KeyNotFound            404
+│   ├── KeyNotFound            404
+│   └── TileNotFound           404
 ├── MethodNotAllowed           405
 ├── RequestTimeout             408
 ├── IdempotencyConflict        409
@@ -24,6 +26,7 @@ Problem
 └── Unavailable                503, with Retry-After
     ├── DatabaseUnavailable    503
     ├── SchemaNotReady         503
+    ├── LedgerInconsistent     503
     ├── QueryTimeout           503
     ├── QueueFull              503
     ├── TooManyReaders         503
@@ -96,6 +99,12 @@ class NotFound(Problem):
     status, code, title = 404, "not-found", "Not found"
 
 
+class CheckpointNotFound(NotFound):
+    """There is no such checkpoint yet."""
+
+    code, title = "checkpoint-not-found", "Checkpoint not found"
+
+
 class EventNotFound(NotFound):
     """There is no event with this id."""
 
@@ -112,6 +121,12 @@ class KeyNotFound(NotFound):
     """There is no API key with this id."""
 
     code, title = "key-not-found", "API key not found"
+
+
+class TileNotFound(NotFound):
+    """The tree has no such tile or bundle, or retention pruned the events of it."""
+
+    code, title = "tile-not-found", "Tile not found"
 
 
 class MethodNotAllowed(Problem):
@@ -203,6 +218,12 @@ class SchemaNotReady(Unavailable):
 
     code, title = "schema-not-ready", "Schema not ready"
     headers: Mapping[str, str] = {"Retry-After": "5"}
+
+
+class LedgerInconsistent(Unavailable):
+    """The log contradicts a checkpoint that was signed: nothing is signed until an operator has looked."""
+
+    code, title = "ledger-inconsistent", "Ledger inconsistent"
 
 
 class QueryTimeout(Unavailable):

@@ -132,13 +132,13 @@ class Telemetry:
         started = time.perf_counter()
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        added = ((b"x-request-id", request_id.encode()), *headers_for(scope["path"]))
         status: int | None = None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                added = ((b"x-request-id", request_id.encode()), *headers_for(scope["path"], status or 0))
                 message["headers"] = [*message["headers"], *added, *scope["state"].get("rate_fields", ())]
             await send(message)
 

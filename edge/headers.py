@@ -1,6 +1,7 @@
 """The headers that tell a browser, or a cache, what it may do with an answer. Encoded once, the same for every answer.
 
-What is answered is data of the log: no page may be made of it, and no cache may keep it.
+What is answered is data of the log: no page may be made of it, and no cache may keep it, but for tiles, which never
+change: the caller's own cache may.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,12 @@ _BY_PATH: Mapping[str, Headers] = {
 }
 
 
-def headers_for(path: str) -> Headers:
-    """What every answer at this path carries, whatever its status."""
+_TILE_HEADERS = _headers(_DATA_POLICY, b"private, max-age=31536000, immutable")  # RFC 8246
+_TILES = "/ledger/tile/"
+
+
+def headers_for(path: str, status: int) -> Headers:
+    """What every answer at this path carries."""
+    if path.startswith(_TILES) and status in (200, 304):
+        return _TILE_HEADERS
     return _BY_PATH.get(path, DATA_HEADERS)

@@ -15,6 +15,8 @@ SERVICE_PRIVILEGES = {
     "api_keys": "SELECT, INSERT, UPDATE (revoked_by, revoked_at, expires_at, last_used_at)",
     "audit_events": "SELECT, INSERT",
     "idempotency_keys": "SELECT, INSERT",
+    "ledger_checkpoints": "SELECT, INSERT",
+    "ledger_cosignatures": "SELECT, INSERT",
     "ledger_head": "SELECT, UPDATE (size, frontier, recorded_at)",
     "ledger_tiles": "SELECT, INSERT",
     "legal_holds": "SELECT, INSERT, UPDATE (released_by, released_at)",

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from db import Database
 from problems import Unavailable, responses
+from proofs.checkpoints import Checkpoints
 
 router = APIRouter(tags=["operations"])
 
@@ -33,9 +34,12 @@ async def health() -> Health:
 
 @router.get("/ready", responses=responses(Unavailable))
 async def ready(request: Request) -> Readiness:
-    """Migrated and writable; else 503 with the reason."""
+    """Migrated and writable, and nothing contradicts the ledger; else 503 with the reason."""
     database: Database = request.app.state.database
-    return Readiness(revision=await database.in_thread(database.check_ready))
+    revision = await database.in_thread(database.check_ready)
+    checkpoints: Checkpoints = request.app.state.checkpoints
+    checkpoints.require_consistent()
+    return Readiness(revision=revision)
 
 
 @router.get("/metrics", response_class=Response)

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
@@ -31,8 +32,10 @@ import migrations
 from cluster import Cluster
 from config import ROOT, Settings
 from db import Database, embedded_binaries
+from ledger.notes import generate_signer
 from main import create_app
 
+SIGNER = generate_signer("audit.test/log")
 API_KEY = "test-key-of-the-suite"
 TEMPLATE = "audit_test_template"
 
@@ -40,6 +43,8 @@ TEMPLATE = "audit_test_template"
 SCRUBBED = (
     "API_KEY",
     "AUDIT_READS",
+    "CHECKPOINT_INTERVAL",
+    "CHECKPOINT_SINK",
     "COUNT_LIMIT",
     "DATABASE_OWNER_URL",
     "DATABASE_READ_URL",
@@ -55,6 +60,9 @@ SCRUBBED = (
     "ENVIRONMENT",
     "HOST",
     "IDEMPOTENCY_WINDOW",
+    "LEDGER_ORIGIN",
+    "LEDGER_SIGNING_KEY",
+    "LEDGER_SIGNING_KEY_FILE",
     "LOG_LEVEL",
     "LOG_WRITES",
     "MAX_CLOCK_SKEW",
@@ -121,6 +129,7 @@ def _scrubbed_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in SCRUBBED:
             patch.setenv(name, "")
+        patch.setenv("LEDGER_SIGNING_KEY", SIGNER.secret_text())  # without one no service starts
         yield
 
 
@@ -212,17 +221,17 @@ def copy_of_the_project(folder: Path) -> None:
 
 
 def settings_for(url: URL, **changes: Any) -> Settings:
-    return Settings(**{"database_url": url, "api_key": API_KEY, **changes})
+    return Settings(**{"database_url": url, "api_key": API_KEY, "ledger_signing_key": SIGNER.secret_text(), **changes})
 
 
 @contextmanager
-def running_app(settings: Settings) -> Iterator[httpx.Client]:
+def running_app(settings: Settings, app: FastAPI | None = None) -> Iterator[httpx.Client]:
     """The app behind a real HTTP server on a free port, with a client that presents the suite's key."""
     # asyncio turns Nagle's algorithm off only where the socket says that it is TCP.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app or create_app(settings), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         base_url = "http://{}:{}".format(*listener.getsockname())
@@ -235,19 +244,29 @@ def running_app(settings: Settings) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def _shared_app(server: Server) -> Iterator[tuple[httpx.Client, URL]]:
+def _shared_service(server: Server) -> Iterator[tuple[httpx.Client, URL, FastAPI]]:
     """One service for all tests that only need an empty log: starting one takes 0.3 s."""
-    with server.database(TEMPLATE) as url, running_app(settings_for(url)) as client:
-        yield client, url
+    with server.database(TEMPLATE) as url:
+        app = create_app(settings_for(url))
+        with running_app(settings_for(url), app) as client:
+            yield client, url, app
+
+
+@pytest.fixture(scope="session")
+def _shared_app(_shared_service: tuple[httpx.Client, URL, FastAPI]) -> tuple[httpx.Client, URL]:
+    return _shared_service[:2]
 
 
 @pytest.fixture
-def client(_shared_app: tuple[httpx.Client, URL]) -> Iterator[httpx.Client]:
+def client(_shared_service: tuple[httpx.Client, URL, FastAPI]) -> Iterator[httpx.Client]:
     """A client of a running service whose log is empty."""
-    client, url = _shared_app
+    client, url, app = _shared_service
+    assert client.get("/health").status_code == 200  # started: it has looked at the ledger that is emptied now
     # In the order in which housekeeping, whose first round may be under way, locks them.
-    execute(url, "TRUNCATE rewrites_due, api_keys, legal_holds, idempotency_keys, ledger_tiles, audit_events")
+    tables = "rewrites_due, api_keys, legal_holds, idempotency_keys, ledger_checkpoints, ledger_cosignatures"
+    execute(url, f"TRUNCATE {tables}, ledger_tiles, audit_events")
     execute(url, "UPDATE ledger_head SET first_id = 1, size = 0, frontier = '{}'")
+    app.state.checkpoints._known = None  # as a restart would: a ledger that was emptied is one that it refuses
     yield client
     assert_ledger_consistent(url)
 

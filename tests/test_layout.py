@@ -16,6 +16,10 @@ LAYERS = [
     {"server"},
     {"main"},
     {"routes"},
+    {"proofs.watch", "proofs.witnesses", "proofs.continuation"},
+    {"proofs.checkpoints", "proofs.sink", "proofs.signing"},
+    {"proofs.paths"},
+    {"proofs.tiles"},
     {"queries.aggregates", "queries.exports", "ingest.reads", "queries.replica", "queries.stream"},
     {"queries.pages", "queries.lookup"},
     {"queries.listing", "housekeeping.rounds"},
@@ -49,7 +53,7 @@ PROBLEMS = [
     for value in vars(problems).values()
     if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
 ]
-PACKAGES = ("edge", "housekeeping", "ingest", "keys", "ledger", "queries", "routes")
+PACKAGES = ("edge", "housekeeping", "ingest", "keys", "ledger", "proofs", "queries", "routes")
 MODULES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("[!_]*.py"))]
 MOST_MODULES_AT_THE_TOP = 14
 

@@ -1,0 +1,202 @@
+"""The checkpoint that is kept outside the database, and what it is for: a restored backup is noticed."""
+
+import base64
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import SIGNER, eventually, execute, run_cli, running_app, settings_for
+from sqlalchemy.engine import URL
+
+import migrations
+from config import Settings
+from ledger.notes import generate_signer, open_checkpoint, sign_checkpoint
+from ledger.tree import proves_consistency
+
+LOGIN = {"event_type": "LOGIN", "actor": "alice"}
+
+
+class _Shelf(BaseHTTPRequestHandler):
+    """Keeps one body."""
+
+    kept: bytes | None = None
+
+    def do_GET(self) -> None:
+        body = type(self).kept
+        self.send_response(404 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def do_PUT(self) -> None:
+        type(self).kept = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def shelf() -> Iterator[tuple[str, type[_Shelf]]]:
+    """A URL that takes PUT and GET."""
+
+    class Handler(_Shelf):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/checkpoint", Handler
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def kept_size(note: str) -> int:
+    return open_checkpoint(note, SIGNER.verifier)[0].size
+
+
+def settings_with(url: URL, sink: Any, **changes: Any) -> Settings:
+    return settings_for(url, checkpoint_sink=str(sink), checkpoint_interval=timedelta(milliseconds=100), **changes)
+
+
+def test_the_newest_checkpoint_is_kept_in_a_file(database_url: URL, tmp_path: Path) -> None:
+    sink = tmp_path / "checkpoint"
+    with running_app(settings_with(database_url, sink)) as client:
+        client.post("/events/batch", json=[LOGIN] * 300)
+        eventually(lambda: sink.exists() and kept_size(sink.read_text()) == 300)
+        client.post("/events", json=LOGIN)
+        eventually(lambda: kept_size(sink.read_text()) == 301)
+        assert "audit_checkpoint_kept 1.0" in client.get("/metrics").text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_or_at_a_url(database_url: URL) -> None:
+    with shelf() as (url, shelved), running_app(settings_with(database_url, url)) as client:
+        client.post("/events", json=LOGIN)
+        eventually(lambda: shelved.kept is not None and kept_size(shelved.kept.decode()) == 1)
+
+
+def test_a_log_that_forgot_what_was_vouched_for_is_not_ready(database_url: URL, tmp_path: Path) -> None:
+    sink = tmp_path / "checkpoint"
+    vouched = str(sign_checkpoint(SIGNER, 5, bytes(32)))
+    sink.write_text(vouched)
+    with running_app(settings_with(database_url, sink)) as client:
+        ready = client.get("/ready")
+        assert (ready.status_code, ready.json()["type"]) == (503, "urn:audit:problem:ledger-inconsistent")
+        assert "a checkpoint of 5 was signed" in ready.json()["detail"]
+        client.post("/events/batch", json=[LOGIN] * 9)  # grown past it, and still another tree
+        eventually(lambda: "does not begin with the 5" in client.get("/ready").json()["detail"])
+        assert client.get("/ledger/checkpoint").status_code == 503
+    assert sink.read_text() == vouched
+
+
+def test_a_checkpoint_of_another_log_is_not_overwritten(database_url: URL, tmp_path: Path) -> None:
+    sink = tmp_path / "checkpoint"
+    other = str(sign_checkpoint(generate_signer("other.test/log"), 0, bytes(32)))
+    sink.write_text(other)
+    with running_app(settings_with(database_url, sink)) as client:
+        assert "not one of this key's" in client.get("/ready").json()["detail"]
+    assert sink.read_text() == other
+
+
+def test_nothing_is_signed_until_the_sink_was_read_once(database_url: URL) -> None:
+    with shelf() as (url, _):
+        port = url
+    with running_app(settings_with(database_url, port)) as client:
+        assert "was not read since the start" in client.get("/ready").json()["detail"]
+        assert client.get("/ledger/checkpoint").status_code == 503
+        assert client.post("/events", json=LOGIN).status_code == 201
+        assert "audit_checkpoint_kept 0.0" in client.get("/metrics").text
+
+
+def test_a_sink_that_fails_later_stops_nothing(database_url: URL, tmp_path: Path) -> None:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    with running_app(settings_with(database_url, folder / "checkpoint")) as client:
+        eventually(lambda: (folder / "checkpoint").exists())
+        shutil.rmtree(folder)
+        client.post("/events", json=LOGIN)
+        eventually(lambda: "audit_checkpoint_kept 0.0" in client.get("/metrics").text)
+        assert client.get("/ready").status_code == 200
+        folder.mkdir()
+        eventually(lambda: (folder / "checkpoint").exists() and kept_size((folder / "checkpoint").read_text()) == 1)
+
+
+@pytest.fixture
+def restored(own_cluster: Any, tmp_path: Path) -> Iterator[tuple[URL, Path]]:
+    """A log of 400 events, restored by pg_restore from a backup of its first 300; and the file of its checkpoint."""
+    own_cluster.create_database("audit")
+    url = own_cluster.url("audit")
+    migrations.upgrade(url)
+    sink, backup = tmp_path / "checkpoint", tmp_path / "backup"
+    with running_app(settings_with(url, sink)) as client:
+        client.post("/events/batch", json=[LOGIN] * 300)
+        eventually(lambda: kept_size(sink.read_text()) == 300)
+        _run(own_cluster, "pg_dump", "--format=custom", f"--file={backup}", url)
+        client.post("/events/batch", json=[LOGIN] * 100)
+        eventually(lambda: kept_size(sink.read_text()) == 400)
+    execute(own_cluster.url(), "DROP DATABASE audit WITH (FORCE)")
+    own_cluster.create_database("audit")
+    _run(own_cluster, "pg_restore", "--dbname", url, str(backup))
+    yield url, sink
+
+
+def _run(cluster: Any, program: str, *arguments: Any) -> None:
+    texts = [
+        argument.set(drivername="postgresql").render_as_string(hide_password=False)
+        if isinstance(argument, URL)
+        else argument
+        for argument in arguments
+    ]
+    subprocess.run([str(cluster.binaries / program), *texts], check=True)
+
+
+def test_a_restored_backup_is_noticed_and_goes_on_under_a_new_origin(
+    restored: tuple[URL, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk of runbook.md, A backup was restored."""
+    url, sink = restored
+    with running_app(settings_with(url, sink)) as client:
+        detail = client.get("/ready").json()["detail"]
+        assert "300 leaves, and a checkpoint of 400 was signed" in detail
+
+    successor = generate_signer("audit.test/log-2")
+    monkeypatch.setenv("LEDGER_SIGNING_KEY", successor.secret_text())
+    key = str(SIGNER.verifier)
+    status, lines, errors = run_cli(url, "ledger", "continue", "--checkpoint", str(sink), "--key", key, "--by", "carol")
+    assert (status, errors) == (0, "")
+    assert lines[0] == "audit.test/log vouched for 400 events: 300 are here, 100 are lost."
+
+    new_sink = sink.with_name("checkpoint-2")
+    with running_app(settings_with(url, new_sink, ledger_signing_key=successor.secret_text())) as client:
+        assert client.get("/ready").status_code == 200
+        (event,) = client.get("/events", params={"event_type": "audit.ledger.continue"}).json()["events"]
+        assert (event["id"], event["actor"]) == (301, "carol")
+        assert event["metadata"]["checkpoint"] == sink.read_text()
+        head, _ = open_checkpoint(client.get("/ledger/checkpoint").text, successor.verifier)
+        assert head.size == 301
+        # What the old log's first 300 were is proved by the checkpoint of that size, which the backup has.
+        _prove_continuation(client, url, head.size)
+
+
+def _prove_continuation(client: httpx.Client, url: URL, size: int) -> None:
+    note = execute(
+        url, "SELECT note FROM ledger_checkpoints WHERE origin = 'audit.test/log' ORDER BY size DESC LIMIT 1"
+    )
+    old, _ = open_checkpoint(note, SIGNER.verifier)
+    new = client.get("/ledger/checkpoint").text.split("\n")
+    answer = client.get("/ledger/consistency", params={"from": old.size, "to": size}).json()
+    path = [base64.b64decode(node) for node in answer["consistency_path"]]
+    assert old.size == 300
+    assert proves_consistency(old.size, old.root, size, base64.b64decode(new[2]), path)

@@ -1,0 +1,160 @@
+"""Witnesses: what they are asked, what they answer, and how their signatures are served."""
+
+import os
+import subprocess
+import sys
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import SIGNER, run_cli
+from sqlalchemy.engine import URL
+
+from config import ROOT
+from ledger.notes import COSIGNATURE, Signer, TreeHead, generate_signer, open_checkpoint, parse_note
+from ledger.tree import EMPTY_ROOT, proves_consistency
+
+LOGIN = {"event_type": "LOGIN", "actor": "alice"}
+
+
+class Witness:
+    """A witness by the book (c2sp.org/tlog-witness): it signs what goes on from what it signed last."""
+
+    def __init__(self) -> None:
+        self.signer = generate_signer("witness.test/w1", COSIGNATURE)
+        self.last = TreeHead(SIGNER.name, 0, EMPTY_ROOT)
+        self.clock = 1_700_000_000
+
+    def answer(self, body: str) -> tuple[int, str]:
+        lines, _, note = body.partition("\n\n")
+        old, *path = lines.split("\n")
+        head, opened = open_checkpoint(note, SIGNER.verifier)
+        if old != f"old {self.last.size}":
+            return 409, f"{self.last.size}\n"
+        proof = [b64decode(line, validate=True) for line in path]
+        if not proves_consistency(self.last.size, self.last.root, head.size, head.root, proof):
+            return 422, ""
+        self.last, self.clock = head, self.clock + 1
+        return 200, str(self.signer.cosign(opened.text, self.clock))
+
+
+@contextmanager
+def served_witness(witness: Witness) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/prefix/add-checkpoint"
+            status, body = witness.answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/prefix/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def url(client: httpx.Client, _shared_app: tuple[httpx.Client, URL]) -> URL:
+    return _shared_app[1]
+
+
+def grow(client: httpx.Client, count: int) -> None:
+    last = client.post("/events/batch", json=[LOGIN] * count).json()["last_id"]
+    assert client.get(f"/events/{last}/proof").status_code == 200  # there is a checkpoint that has it
+
+
+def cosignatures_in(note: str, signer: Signer) -> int:
+    """The size that the note's checkpoint names, which the log and this witness have both signed."""
+    head, opened = open_checkpoint(note, SIGNER.verifier)
+    signature = signer.verifier.signature_in(opened.signatures, opened.text)
+    assert signature is not None and signature.timestamp > 1_700_000_000
+    return head.size
+
+
+def test_a_witness_is_asked_and_its_signature_is_served(client: httpx.Client, url: URL) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    assert client.get("/ledger/checkpoint", params={"cosigned": True}).status_code == 404
+    with served_witness(witness) as prefix:
+        for count in (10, 300, 1):
+            grow(client, count)
+            status, lines, errors = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)
+            assert (status, errors) == (0, "")
+            note = client.get("/ledger/checkpoint", params={"cosigned": True}).text
+            assert cosignatures_in(note, witness.signer) == witness.last.size
+            assert f"size {witness.last.size} " in lines[0]
+    assert witness.last.size == 311
+    assert len(parse_note(client.get("/ledger/checkpoint").text).signatures) == 1
+
+
+def test_two_witnesses_sign_one_checkpoint(client: httpx.Client, url: URL) -> None:
+    grow(client, 3)
+    witnesses = [Witness(), Witness()]
+    for witness in witnesses:
+        with served_witness(witness) as prefix:
+            run_cli(url, "ledger", "cosign", "--witness", str(witness.signer.verifier), "--url", prefix)
+    note = client.get("/ledger/checkpoint", params={"cosigned": True}).text
+    assert [cosignatures_in(note, witness.signer) for witness in witnesses] == [3, 3]
+
+
+def test_the_request_can_be_carried_by_hand(client: httpx.Client, url: URL, tmp_path: Path) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    grow(client, 5)
+    _, lines, _ = run_cli(url, "ledger", "cosign-request", "--witness", vkey)
+    request = "\n".join(lines) + "\n"
+    status, answer = witness.answer(request)
+    assert status == 200
+    grow(client, 5)  # meanwhile
+    (file := tmp_path / "request").write_text(request)
+    assert _cosign(url, vkey, str(file), answer)[0] == 0
+    note = client.get("/ledger/checkpoint", params={"cosigned": True}).text
+    assert cosignatures_in(note, witness.signer) == 5
+
+
+def test_a_signature_that_does_not_verify_is_not_kept(client: httpx.Client, url: URL, tmp_path: Path) -> None:
+    witness, other = Witness(), Witness()
+    grow(client, 5)
+    vkey = str(witness.signer.verifier)
+    _, lines, _ = run_cli(url, "ledger", "cosign-request", "--witness", vkey)
+    (file := tmp_path / "request").write_text("\n".join(lines) + "\n")
+    forged = str(witness.signer.cosign("other\n1\nAAAA\n", 1_700_000_001))
+    assert "does not verify" in _cosign(url, vkey, str(file), forged)[1]
+    strange = str(other.signer.cosign("other\n1\nAAAA\n", 1_700_000_001))
+    assert "no signature of witness.test/w1" in _cosign(url, vkey, str(file), strange)[1]
+    assert client.get("/ledger/checkpoint", params={"cosigned": True}).status_code == 404
+
+
+def test_a_witness_that_knows_more_says_how_to_go_on(client: httpx.Client, url: URL) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    grow(client, 4)
+    _, lines, _ = run_cli(url, "ledger", "cosign-request", "--witness", vkey)
+    assert witness.answer("\n".join(lines) + "\n")[0] == 200  # and nobody kept what it signed
+    grow(client, 4)
+    with served_witness(witness) as prefix:
+        status, _, complaint = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)
+        assert status == 1 and "signed a checkpoint of size 4 last: name that with --old-size" in complaint
+        assert run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix, "--old-size", "4")[0] == 0
+    assert witness.last.size == 8
+
+
+def _cosign(url: URL, vkey: str, file: str, answer: str) -> tuple[int, str]:
+    environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)}
+    command = [sys.executable, "cli.py", "ledger", "cosign", "--witness", vkey, "--request", file]
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=answer, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
