@@ -284,9 +284,7 @@ def _cosign(database: Database, signer: Signer, arguments: Namespace) -> None:
 def _continue_log(database: Database, signer: Signer, arguments: Namespace) -> None:
     note = Path(arguments.checkpoint).read_text()
     found = record_continuation(database, note, parse_verifier(arguments.key), signer.name, arguments.by)
-    print(
-        f"{found.old.origin} vouched for {found.old.size} events; {found.lost} of them are lost, {found.kept} are here."
-    )
+    print(f"{found.old.origin} vouched for {found.old.size} events: {found.kept} are here, {found.lost} are lost.")
     print(f"Recorded as audit.ledger.continue. {signer.name} goes on.")
 
 
