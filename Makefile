@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults sbom bench-ingest bench-query lint clean
+.PHONY: run test test-faults sbom bench-ingest bench-ledger bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -19,6 +19,9 @@ sbom: $(VENV)/dev.installed ## sbom.json: what the service is made of, in Cyclon
 
 bench-ingest: $(VENV)/dev.installed ## how fast events are taken, beside pgbench and COPY; options in ARGS="--only single-64"
 	$(BIN)/python -m bench.ingest $(ARGS)
+
+bench-ledger: $(VENV)/dev.installed ## what the ledger costs, and how long a proof takes
+	$(BIN)/python -m bench.ledger $(ARGS)
 
 bench-query: $(VENV)/dev.installed ## how fast questions are answered, beside prepared SQL; options in ARGS="--rows 1000000"
 	$(BIN)/python -m bench.query $(ARGS)

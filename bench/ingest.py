@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from sqlalchemy.engine import URL
 
 from bench import load
 from bench.figures import Figure, print_table, write_results
+from bench.generate import fill
 from bench.memory import MemoryWatch, watching_memory
 from bench.servers import (
     PLAIN_COMMAND,
@@ -198,7 +199,9 @@ def running_bench(server: Server, template: str, rounds: int, seconds: int) -> I
 
 def run(arguments: argparse.Namespace) -> list[Figure]:
     short, long = template_name(ROWS, 1), template_name(arguments.rows, HISTORY_MONTHS)
-    templates = {short: (ROWS, 1)} | ({long: (arguments.rows, HISTORY_MONTHS)} if arguments.rows else {})
+    templates = {short: partial(fill, rows=ROWS, months=1)}
+    if arguments.rows:
+        templates[long] = partial(fill, rows=arguments.rows, months=HISTORY_MONTHS)
     with (
         running_server(templates) as server,
         running_bench(server, short, arguments.rounds, arguments.seconds) as bench,

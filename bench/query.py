@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -24,6 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from bench import events
 from bench.figures import Figure, print_table, write_results
+from bench.generate import fill
 from bench.servers import (
     SERVE_COMMAND,
     Server,
@@ -242,11 +244,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=2, help="how long each side is measured in a round")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     arguments = parser.parse_args()
-    templates = {template_name(rows, MONTHS): (rows, MONTHS) for rows in arguments.rows}
+    templates = {template_name(rows, MONTHS): partial(fill, rows=rows, months=MONTHS) for rows in arguments.rows}
     figures: list[Figure] = []
     with running_server(templates) as server, ExitStack() as stack:
         subjects = []
-        for name, (rows, _) in templates.items():
+        for name, rows in zip(templates, arguments.rows, strict=True):
             # Not on a clone: a large one would not fit beside its template, and reads change nothing.
             server.execute(name, _MAKE_RARE)
             url = server.cluster.url(name)

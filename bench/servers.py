@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,10 +20,10 @@ from psycopg2.extensions import connection as Connection
 from sqlalchemy.engine import URL
 
 import migrations
-from bench.generate import fill
 from cluster import Cluster
 from config import ROOT
 from db import embedded_binaries
+from ledger.notes import generate_signer
 
 DATA_DIR = ROOT / ".data" / "bench"
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
@@ -84,15 +84,15 @@ def connect(url: URL) -> Connection:
 
 
 @contextmanager
-def running_server(templates: Mapping[str, tuple[int, int]]) -> Iterator[Server]:
-    """A server that has the templates: name → (rows, months). They stay in DATA_DIR, so the next run has them."""
+def running_server(templates: Mapping[str, Callable[[URL], object]]) -> Iterator[Server]:
+    """A server that has the templates: name → what fills it. They stay in DATA_DIR, so the next run has them."""
     DATA_DIR.mkdir(parents=True, exist_ok=True)
     data_dir = DATA_DIR / "postgres"
     with _alone():
         with _started(data_dir, _FILLING_SETTINGS) as server:
             _drop_templates_of_other_months(server)
-            for name, (rows, months) in templates.items():
-                _make_template(server, name, rows, months)
+            for name, fill in templates.items():
+                _make_template(server, name, fill)
         with _started(data_dir, SERVER_SETTINGS) as server:
             yield server
 
@@ -125,7 +125,7 @@ def _drop_templates_of_other_months(server: Server) -> None:
         server.execute("postgres", f"DROP DATABASE {name}")
 
 
-def _make_template(server: Server, name: str, rows: int, months: int) -> None:
+def _make_template(server: Server, name: str, fill: Callable[[URL], object]) -> None:
     """Fill it under another name first: a template with the right name is a whole one."""
     if server.execute("postgres", "SELECT 1 FROM pg_database WHERE datname = %s", name):
         migrations.upgrade(server.cluster.url(name))
@@ -133,7 +133,7 @@ def _make_template(server: Server, name: str, rows: int, months: int) -> None:
     server.execute("postgres", "DROP DATABASE IF EXISTS filling")
     server.execute("postgres", "CREATE DATABASE filling")
     migrations.upgrade(server.cluster.url("filling"))
-    fill(server.cluster.url("filling"), rows, months)
+    fill(server.cluster.url("filling"))
     server.execute("postgres", f"ALTER DATABASE filling RENAME TO {name}")
 
 
@@ -147,7 +147,7 @@ class Service:
 
 
 @contextmanager
-def running_service(command: list[str], database: URL) -> Iterator[Service]:
+def running_service(command: list[str], database: URL, variables: Mapping[str, str] | None = None) -> Iterator[Service]:
     """Run it until the block ends, with what it logs in DATA_DIR."""
     port = _free_port()
     api_key = secrets.token_hex(16)
@@ -159,6 +159,8 @@ def running_service(command: list[str], database: URL) -> Iterator[Service]:
         "HOST": "127.0.0.1",
         "PORT": str(port),
         "UVICORN_PORT": str(port),
+        "LEDGER_SIGNING_KEY": generate_signer("audit.example/bench").secret_text(),
+        **(variables or {}),
     }
     with (DATA_DIR / f"{database.database}.log").open("w") as log:
         process = subprocess.Popen(  # noqa: S603 - commands are ours
