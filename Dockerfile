@@ -19,6 +19,7 @@ COPY keys keys
 COPY ledger ledger
 COPY queries queries
 COPY routes routes
+COPY verifier verifier
 COPY *.py ./
 # Compiled now, for the file system is read-only later.
 RUN python -m compileall -q /app
