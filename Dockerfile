@@ -20,6 +20,7 @@ COPY ledger ledger
 COPY proofs proofs
 COPY queries queries
 COPY routes routes
+COPY verifier verifier
 COPY *.py ./
 # Compiled now, for the file system is read-only later.
 RUN python -m compileall -q /app

@@ -33,6 +33,7 @@ from schemas import (
     RedactionIn,
 )
 from server import serve_alone, serve_with_workers
+from verifier import command as verify
 
 
 def main() -> int:
@@ -45,6 +46,7 @@ def main() -> int:
     _add_key_commands(commands.add_parser("keys", help="make, list, revoke and rotate API keys"))
     _add_redact_command(commands.add_parser("redact", help="erase personal data; a dry run without --yes"))
     _add_ledger_commands(commands.add_parser("ledger", help="what is done with the Merkle tree"))
+    verify.add_arguments(commands.add_parser("verify", help="proof that nobody changed the log"))
     arguments = parser.parse_args()
     try:
         return int(arguments.run(load_settings(), arguments))

@@ -13,6 +13,12 @@ from main import app
 # A module imports from lower layers only.
 LAYERS = [
     {"cli"},
+    {"verifier.command"},
+    {"verifier.database"},
+    {"verifier.adopted", "verifier.ranges"},
+    {"verifier.records", "verifier.swaps"},
+    {"verifier.rows"},
+    {"verifier.differences", "verifier.entries", "verifier.promises", "verifier.tree"},
     {"server"},
     {"main"},
     {"routes"},
@@ -53,7 +59,7 @@ PROBLEMS = [
     for value in vars(problems).values()
     if isinstance(value, type) and issubclass(value, problems.Problem) and value is not problems.Problem
 ]
-PACKAGES = ("edge", "housekeeping", "ingest", "keys", "ledger", "proofs", "queries", "routes")
+PACKAGES = ("edge", "housekeeping", "ingest", "keys", "ledger", "proofs", "queries", "routes", "verifier")
 MODULES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("[!_]*.py"))]
 MOST_MODULES_AT_THE_TOP = 14
 

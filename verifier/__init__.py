@@ -1,0 +1,1 @@
+"""Whether anybody changed the log: recomputed from the events up, with no code of those who write it."""
