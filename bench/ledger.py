@@ -148,9 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.ledger", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=10, help="of a round, for each side (default 10)")
-    parser.add_argument(
-        "--leaves", type=int, default=LEAVES, help=f"of the log of the proofs (default {LEAVES:,})"
-    )
+    parser.add_argument("--leaves", type=int, default=LEAVES, help=f"of the log of the proofs (default {LEAVES:,})")
     arguments = parser.parse_args()
     require("wrk", "wrk")
     figures = run(arguments)
