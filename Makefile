@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults sbom bench-ingest bench-ledger bench-query lint clean
+.PHONY: run test test-faults test-security sbom bench-ingest bench-ledger bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -13,6 +13,9 @@ test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that 
 
 test-faults: $(VENV)/dev.installed ## a hundred kills, freezes, cuts and full disks under load; ARGS="--rounds 5" for fewer
 	$(BIN)/pytest tests/faults -m faults -s $(ARGS)
+
+test-security: $(VENV)/dev.installed ## requests that nobody should send, 200,000 of them; ARGS="--seed N" for others
+	$(BIN)/pytest tests/security -m security -s $(ARGS)
 
 sbom: $(VENV)/dev.installed ## sbom.json: what the service is made of, in CycloneDX
 	$(BIN)/cyclonedx-py requirements requirements.txt --output-reproducible --of JSON -o sbom.json

@@ -13,6 +13,7 @@ from ledger.entries import format_timestamp
 
 MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
+MAX_METADATA_KEYS = 1_000  # of all its objects together
 MAX_PATTERNS = 100  # actors, or event types, in one filter
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -91,27 +92,31 @@ def _check_time_zone(name: str) -> str:
 
 
 def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    _check_json(metadata, MAX_METADATA_DEPTH)
+    if _check_json(metadata, MAX_METADATA_DEPTH) > MAX_METADATA_KEYS:
+        raise ValueError(f"must not have more than {MAX_METADATA_KEYS} keys")
     return metadata
 
 
-def _check_json(value: object, depth: int) -> None:
-    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged."""
+def _check_json(value: object, depth: int) -> int:
+    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged; how many keys there are."""
+    keys = 0
     if depth == 0:
         raise ValueError(f"must not nest deeper than {MAX_METADATA_DEPTH} levels")
     if isinstance(value, dict):
+        keys = len(value)
         for key, member in value.items():
             _refuse_nul(key)
-            _check_json(member, depth - 1)
+            keys += _check_json(member, depth - 1)
     elif isinstance(value, list):
         for member in value:
-            _check_json(member, depth - 1)
+            keys += _check_json(member, depth - 1)
     elif isinstance(value, str):
         _refuse_nul(value)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must not contain a number outside the range of IEEE 754 doubles")
     elif isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
         raise ValueError(f"must not contain an integer beyond ±{MAX_SAFE_INTEGER}; send it as a string")
+    return keys
 
 
 def names(text: str, person: str) -> bool:

@@ -262,6 +262,7 @@ def install_handlers(app: FastAPI) -> None:
     app.exception_handler(Problem)(_handle_problem)
     app.exception_handler(HTTPException)(_handle_http_exception)
     app.exception_handler(RequestValidationError)(_handle_validation_error)
+    app.exception_handler(Exception)(_pass_on)
 
 
 _DOCUMENT_SCHEMA = {
@@ -348,6 +349,11 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
     """Starlette's own refusals: no route, or a route without that method."""
     refusals: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
     return respond(request, refusals.get(error.status_code, BadRequest)(), error.headers)
+
+
+async def _pass_on(request: Request, error: Exception) -> Response:
+    """To telemetry.py: Starlette's own answer would be plain text."""
+    raise error
 
 
 async def _handle_validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -86,7 +86,10 @@ def _fields(rate: Rate, bucket: _Bucket) -> Fields:
 
 
 def _network(address: str) -> str:
-    """The address; of IPv6 its /64, which one customer has to itself."""
+    """The address; of IPv6 its /64, which one customer has to itself. A proxy may name what is no address."""
     if ":" not in address:
         return address
-    return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    try:
+        return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    except ValueError:
+        return address

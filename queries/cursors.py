@@ -1,7 +1,6 @@
 """Cursors: opaque to clients, versioned, and bound to the filters and the order they were given with."""
 
 import base64
-import binascii
 import hashlib
 import json
 from datetime import UTC, datetime
@@ -29,10 +28,11 @@ def decode_cursor(wanted: EventListing) -> Position | None:
         version, fingerprint, timestamp, event_id = json.loads(
             base64.b64decode(wanted.cursor + "=" * (-len(wanted.cursor) % 4), altchars=b"-_", validate=True)
         )
-        position = datetime.fromisoformat(timestamp), int(event_id)
-    except (binascii.Error, ValueError, TypeError):
+        when = datetime.fromisoformat(timestamp)
+        position = when.astimezone(UTC), int(event_id)
+    except (ValueError, TypeError, OverflowError):
         raise InvalidCursor() from None
-    if version != _VERSION or position[0].tzinfo is None or not 0 <= position[1] < 2**63:
+    if version != _VERSION or when.tzinfo is None or not 0 <= position[1] < 2**63:
         raise InvalidCursor()
     if fingerprint != _fingerprint(wanted):
         raise InvalidCursor("This cursor belongs to other filters: a cursor continues the query that gave it.")

@@ -7,9 +7,11 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from auth import Admin
 from housekeeping import holds
 from problems import Forbidden, HoldNotFound, InvalidFields, Unauthorized, Unavailable, responses
+from routes.bodies import BoundedRoute
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, LegalHoldPage
 
 router = APIRouter(
+    route_class=BoundedRoute,
     prefix="/legal-holds",
     tags=["legal holds"],
     responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),

@@ -8,9 +8,11 @@ from auth import Admin, Key
 from fields import KeyId
 from keys import store
 from problems import Forbidden, InvalidFields, KeyNotFound, Unauthorized, Unavailable, responses
+from routes.bodies import BoundedRoute
 from schemas import ApiKey, ApiKeyFilter, ApiKeyIn, ApiKeyPage, NewApiKey
 
 router = APIRouter(
+    route_class=BoundedRoute,
     prefix="/keys",
     tags=["keys"],
     responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),

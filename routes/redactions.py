@@ -7,11 +7,13 @@ from fastapi import APIRouter, Request
 from auth import Admin
 from housekeeping import redaction
 from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
+from routes.bodies import BoundedRoute
 from schemas import Redaction, RedactionIn
 
 MOST_EVENTS_A_CALL = 10_000
 
 router = APIRouter(
+    route_class=BoundedRoute,
     prefix="/redactions",
     tags=["redaction"],
     responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable),

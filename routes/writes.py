@@ -5,7 +5,6 @@ Every format ends in one list of events, which is appended whole. routes/events.
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import orjson
 from starlette.datastructures import State
@@ -20,15 +19,13 @@ from ingest.parse import MAX_ERRORS, parse_event, parse_event_lines, parse_event
 from ingest.records import SERVICE
 from problems import BodyTooLarge, Forbidden, InvalidFields, Problem, UnsupportedMediaType
 from queries import lookup
+from routes.bodies import MAX_BODY_BYTES, Headers, Room, read_body
 from schemas import PUBLIC_FIELDS, Event, EventIn
 
-MAX_BODY_BYTES = 1024 * 1024
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 MAX_BATCH_EVENTS = 10_000
 
-Headers = dict[bytes, bytes]  # names in lower case; of a repeated one the last counts
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-Room = Callable[[int], None]  # see Writer.room()
 
 _BATCH_PARSERS: dict[bytes, Callable[[bytes], list[EventIn]]] = {
     b"application/json": parse_events,
@@ -85,7 +82,7 @@ async def _create_event(state: State, caller: Key, headers: Headers, receive: Re
         parse = lambda body: cloudevents.parse_binary(headers, body)  # noqa: E731
     else:
         parse = lambda body: _with_headers(parse_event(body), headers)  # noqa: E731
-    event = parse(await _read_body(headers, receive, room, MAX_BODY_BYTES))
+    event = parse(await read_body(headers, receive, room, MAX_BODY_BYTES))
     (prepared,) = _prepare(state, caller, [event])
     appended = await _append(state, [prepared])
     event_id = appended.ids[0]
@@ -108,7 +105,7 @@ async def _append_batch(
     state: State, caller: Key, headers: Headers, receive: Receive, room: Room, parse: Callable[[bytes], list[EventIn]]
 ) -> Answer:
     # Neither body nor parsed events get a name: they must be gone while the batch waits.
-    prepared = _prepare(state, caller, _limited(parse(await _read_body(headers, receive, room, MAX_BATCH_BYTES))))
+    prepared = _prepare(state, caller, _limited(parse(await read_body(headers, receive, room, MAX_BATCH_BYTES))))
     appended = await _append(state, prepared)
     receipt = {
         "count": len(prepared),
@@ -216,27 +213,3 @@ def _wrong_key(message: str) -> InvalidFields:
 
 def _media_type(headers: Headers) -> bytes:
     return headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-
-
-async def _read_body(headers: Headers, receive: Receive, room: Room, limit: int) -> bytes:
-    """The body; raises BodyTooLarge as soon as it is known to be, and QueueFull where there is no room for it."""
-    announced = headers.get(b"content-length", b"0")
-    if announced.isdigit() and int(announced) > limit:
-        raise _body_too_large(limit)
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message: Any = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect()
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        room(len(chunks[-1]))
-        if size > limit:
-            raise _body_too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _body_too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is larger than {limit} bytes.")

@@ -92,8 +92,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     faults = parser.getgroup("faults", "tests/faults: what one run of the rounds does")
     faults.addoption("--rounds", type=int, default=100)
     faults.addoption("--first-round", type=int, default=0, help="with a seed: the round to begin with")
-    faults.addoption("--seed", help="what decides every choice; printed by each run")
+    faults.addoption(
+        "--seed", help="what decides every choice, of the requests in tests/security too; each run prints it"
+    )
     faults.addoption("--server", choices=list(BINARIES), help="Debian's 15 where it is, unless told otherwise")
+    faults.addoption("--requests", type=int, default=200_000, help="how many tests/security mutates")
 
 
 def execute(url: URL, statement: str) -> Any:

@@ -1,5 +1,6 @@
 """CloudEvents 1.0 in its three HTTP modes."""
 
+import json
 from typing import Any
 
 import httpx
@@ -108,3 +109,20 @@ def test_traceparent_of_a_plain_event_becomes_its_trace_id(client: httpx.Client)
     event = {"event_type": "LOGIN", "actor": "alice"}
     assert client.post("/events", json=event, headers=headers).json()["trace_id"] == STORED["trace_id"]
     assert client.post("/events", json=event, headers={"traceparent": "junk"}).json()["trace_id"] is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({**EVENT, "data": {"text": "\ud800"}}).encode(),
+        json.dumps(EVENT).encode("utf-16"),
+        b"[" * 100_000,
+        b'{"id": ' + b"1" * 5_000 + b"}",
+    ],
+    ids=["half a surrogate pair", "UTF-16", "deep", "a long number"],
+)
+@pytest.mark.parametrize("media_type", ["application/cloudevents+json", "application/cloudevents-batch+json"])
+def test_json_that_a_plain_event_may_not_be_is_refused_too(client: httpx.Client, media_type: str, body: bytes) -> None:
+    body = b"[" + body + b"]" if "batch" in media_type else body
+    response = client.post("/events", content=body, headers={"Content-Type": media_type})
+    assert (response.status_code, response.json()["type"]) == (400, "urn:audit:problem:malformed-body")

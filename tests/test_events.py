@@ -1,5 +1,6 @@
 """/events: what is accepted, what is refused, and what comes back."""
 
+import base64
 import json
 import re
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from routes.writes import MAX_BODY_BYTES
+from routes.bodies import MAX_BODY_BYTES
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 FULL = {
@@ -164,6 +165,16 @@ def test_deep_metadata_is_refused_and_shallow_kept(client: httpx.Client) -> None
     assert locations(post(client, {**LOGIN, "metadata": nested(32)})) == ["body.metadata"]
 
 
+def test_metadata_has_at_most_a_thousand_keys_over_all_its_objects(client: httpx.Client) -> None:
+    many = {f"key-{number}": number for number in range(996)}
+    within = {"a": [many, {"x": 1}], "b": {"c": {}}}
+    assert post(client, {**LOGIN, "metadata": within}).status_code == 201
+    answer = post(client, {**LOGIN, "metadata": {**within, "d": None}})
+    assert answer.json()["errors"] == [{"location": "body.metadata", "message": "must not have more than 1000 keys"}]
+    answer = client.get("/events", params={"metadata": json.dumps({**within, "d": None})})
+    assert answer.json()["errors"][0]["location"] == "query.metadata"
+
+
 _texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=255)
 _json = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(-1e15, 1e15) | _texts,
@@ -264,6 +275,18 @@ def test_a_cursor_with_other_filters_is_a_400_that_says_so(client: httpx.Client)
 @pytest.mark.parametrize("cursor", ["x", "AAAA", "bnVsbA", "WzFd", "WzEsMiwzLDRd", "é"])
 def test_a_made_up_cursor_is_a_400(client: httpx.Client, cursor: str) -> None:
     response = client.get("/events", params={"cursor": cursor})
+    assert response.status_code == 400
+    assert response.json()["type"] == "urn:audit:problem:invalid-cursor"
+
+
+@pytest.mark.parametrize("when", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-01-01T00:00:00"])
+@pytest.mark.parametrize("event_id", ["Infinity", "NaN", "1e400", "9223372036854775808", "[]", "1"])
+def test_a_cursor_of_impossible_numbers_is_a_400(client: httpx.Client, when: str, event_id: str) -> None:
+    fill(client)
+    given = client.get("/events", params={"limit": 1}).json()["next_cursor"]
+    _, fingerprint, *_ = json.loads(base64.urlsafe_b64decode(given + "=="))
+    forged = base64.urlsafe_b64encode(f'[1, "{fingerprint}", "{when}", {event_id}]'.encode()).decode()
+    response = client.get("/events", params={"cursor": forged.rstrip("=")})
     assert response.status_code == 400
     assert response.json()["type"] == "urn:audit:problem:invalid-cursor"
 

@@ -46,6 +46,15 @@ def test_addresses_that_fail_are_remembered_in_bounded_memory() -> None:
     assert len(limits._addresses) == MAX_ADDRESSES
 
 
+@pytest.mark.parametrize("address", ["a:b:c", "1::2::3", "[", "192.0.2.1:80:80", "%:", ":", "\ud800:"])
+def test_what_a_proxy_says_may_be_no_address(address: str) -> None:
+    limits = Limits(None)
+    for _ in range(FAILURES.count + 1):
+        limits.record_failure(address)
+    with pytest.raises(TooManyFailures):
+        limits.refuse_after_failures(address)
+
+
 @pytest.mark.parametrize("path", ["/events", "/events/count"])
 def test_beyond_the_rate_a_key_is_told_to_wait(database_url: URL, tmp_path: Path, path: str) -> None:
     with served(database_url, tmp_path / "log", RATE_LIMIT="3/h") as client:

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import API_KEY, execute, served
+from conftest import API_KEY, execute, running_app, served, settings_for
 from sqlalchemy.engine import URL
 
 from config import ROOT
+from main import create_app
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice-the-secret-actor"}
 
@@ -94,3 +95,18 @@ def test_the_process_stops_at_once_on_a_wrong_setting(database_url: URL) -> None
     assert result.returncode == 2
     assert result.stderr.startswith("audit-service: API_KEY: still a placeholder")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_error_nobody_foresaw_in_a_route_is_a_problem_document(database_url: URL) -> None:
+    settings = settings_for(database_url)
+    app = create_app(settings)
+
+    def broken() -> None:
+        raise RuntimeError("the-secret-detail")
+
+    app.add_api_route("/broken", broken)
+    with running_app(settings, app) as client:
+        answer = client.get("/broken")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (500, "application/problem+json")
+    assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+    assert "the-secret-detail" not in answer.text
