@@ -37,6 +37,7 @@ def recorded(url: URL) -> list[dict[str, Any]]:
         ("/events/top?field=actor", {"call": "top", "filters": {"field": "actor"}, "count": 3}),
         ("/events/histogram?interval=day", {"call": "histogram", "filters": {"interval": "day"}, "count": 3}),
         ("/events/2", {"call": "get", "filters": {}, "count": 1, "id": 2}),
+        ("/events/2/proof", {"call": "proof", "filters": {}, "count": 1, "id": 2}),
         ("/events/export?after=1", {"call": "export", "filters": {"after": 1}, "count": 2, "complete": True}),
     ],
 )
