@@ -27,7 +27,7 @@ def broken_promises(promises: Sequence[Promise], size: int, roots: Mapping[int, 
         return
     where, count = broken[0].where, broken[0].head.size
     if count > size:
-        yield f"{where} vouches for {count} events, and the log has {size}: it was set back."
+        yield f"The log has {size} events, and {where} vouches for {count}: it was set back."
     else:
         yield f"The log does not begin with the {count} events that {where} vouches for: it was rewritten."
     if kept:
