@@ -5,13 +5,14 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import run_cli
+from conftest import SIGNER, run_cli, running_app, settings_for
 from months import append_events
 from sqlalchemy.engine import URL
 from test_verify import leaves_of, plain, promise, verified
 from verify import assert_ledger_consistent, tree_hash
 
 from db import Database
+from ledger.notes import generate_signer, sign_checkpoint
 from verifier.differences import ADDED, MISSING, PERSONAL, ROW
 
 COUNT = 900  # three full tiles, and 132 events behind them
@@ -246,3 +247,20 @@ def test_the_command_names_what_was_changed_and_ends_with_status_1(url: URL) -> 
     assert status == 1
     assert said[-1] == "CHANGED: the log is not what was recorded. The first wrong event is 300."
     assert f"audit-service: Event 300: {PERSONAL}" in complaints
+
+
+def test_stored_checkpoints_tell_a_rewrite_and_must_be_signed(url: URL) -> None:
+    with running_app(settings_for(url)) as client:
+        assert client.get("/ledger/checkpoint").status_code == 200
+    assert found(url) == []
+    rewrite(url, "UPDATE audit_events SET event_type = 'LOGOUT' WHERE id = 300")
+    said = f"The log does not begin with the {COUNT} events that the checkpoint of {SIGNER.name} of size {COUNT} in"
+    assert [each.startswith(said) for each in found(url)] == [True]
+
+    forged = str(sign_checkpoint(generate_signer(SIGNER.name), COUNT, tree_hash(leaves_of(url))))
+    root = tree_hash(leaves_of(url)).hex()
+    attack(url, f"UPDATE ledger_checkpoints SET note = '{forged}', root = '\\x{root}'")
+    (said,) = found(url)
+    assert "has not signed it" in said
+    attack(url, "UPDATE ledger_checkpoints SET size = 7")
+    assert "the note says something else than its row" in found(url)[0]
