@@ -1,18 +1,23 @@
 """`python cli.py verify`: a plain verdict. Status 0: nobody changed the log, 1: somebody did, 2: nothing was told."""
 
+import asyncio
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
-from config import Settings
+from auth import api_key_in_force
+from config import ConfigurationError, Settings
 from db import open_database
 from ledger.notes import NoteError, Verifier, open_checkpoint, parse_note, parse_tree_head, parse_verifier
 from problems import Problem
+from proofs.sink import FileSink
 from verifier.database import Verdict, verify_database
 from verifier.promises import Promise
+from verifier.remote import RemoteError, verify_remote
 
 _MOST_LINES = 20  # of what differs
 
@@ -20,6 +25,8 @@ _MOST_LINES = 20  # of what differs
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--key", metavar="VKEY", help="the log's public key")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint that you kept")
+    parser.add_argument("--url", help="verify from outside, over HTTP: needs --key, and goes on from --checkpoint")
+    parser.add_argument("--all", action="store_true", help="with --url: what was verified before, too")
     parser.add_argument("--jobs", type=int, help="processes that read the database (as many as there are cores)")
     parser.set_defaults(run=verify)
 
@@ -28,8 +35,10 @@ def verify(settings: Settings, arguments: Namespace) -> int:
     """Verify the log in the way that the arguments name."""
     try:
         key = None if arguments.key is None else parse_verifier(arguments.key)
+        if arguments.url is not None:
+            return _verify_remote(settings, arguments, key)
         return _verify_database(settings, arguments, key)
-    except (NoteError, OSError) as error:
+    except (NoteError, RemoteError, OSError) as error:
         print(f"audit-service: {error}", file=sys.stderr)
     except Problem as problem:
         print(f"audit-service: {problem.detail}", file=sys.stderr)
@@ -39,18 +48,46 @@ def verify(settings: Settings, arguments: Namespace) -> int:
 def _verify_database(settings: Settings, arguments: Namespace, key: Verifier | None) -> int:
     kept = [] if arguments.checkpoint is None else [read_promise(arguments.checkpoint, key)]
     with open_database(settings) as database, tqdm(unit=" events", desc="verifying") as progress:
-
-        def advance(count: int, total: int) -> None:
-            progress.total = total
-            progress.update(count)
-
-        verdict = verify_database(database.url, kept, advance, key, arguments.jobs)
+        verdict = verify_database(database.url, kept, _progress(progress), key, arguments.jobs)
     _describe(verdict, key)
     complaints = [*map(str, verdict.differences[:_MOST_LINES]), *verdict.complaints]
     if len(verdict.differences) > _MOST_LINES:
         complaints.append(f"… and {len(verdict.differences) - _MOST_LINES} more.")
     first = f" The first wrong event is {verdict.differences[0].first_id}." if verdict.differences else ""
     return conclude(complaints, first, _basis(kept))
+
+
+def _verify_remote(settings: Settings, arguments: Namespace, key: Verifier | None) -> int:
+    """Go on from the checkpoint that was kept and keep the new one instead, if all is well."""
+    if key is None or arguments.checkpoint is None:
+        raise ConfigurationError("verify --url: needs --key, and --checkpoint: a file, made the first time")
+    sink = FileSink(arguments.checkpoint)
+    kept = sink.read()
+    old = None if kept is None else open_checkpoint(kept, key)[0]
+    with tqdm(unit=" entries", desc="verifying") as progress:
+        check = verify_remote(
+            arguments.url, api_key_in_force(settings), key, old, _progress(progress), is_whole=arguments.all
+        )
+        seen = asyncio.run(check)
+    print(
+        f"{seen.head.origin}: {seen.head.size} events, root {seen.head.root.hex()}, checked from leaf {seen.start} on"
+    )
+    if seen.pruned > seen.start:
+        print(f"Entries below leaf {seen.pruned} are pruned: their hashes are in the tree.")
+    basis = f"Nothing was known of this log: its checkpoint is trusted from now on, in {arguments.checkpoint}."
+    if old is not None:
+        basis = f"It begins with the {old.size} events of the checkpoint that you had. {arguments.checkpoint} has the new one."
+    if not seen.complaints:
+        sink.write(seen.note)
+    return conclude(seen.complaints, "", basis)
+
+
+def _progress(bar: "tqdm[NoReturn]") -> Callable[[int, int], object]:
+    def advance(count: int, total: int) -> None:
+        bar.total = total
+        bar.update(count)
+
+    return advance
 
 
 def read_promise(path: Path, key: Verifier | None) -> Promise:
