@@ -298,9 +298,9 @@ def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
             assert process.wait(30) == 0, log.read_text()
 
 
-def run_cli(url: URL, *arguments: str) -> tuple[int, list[str], str]:
+def run_cli(url: URL, *arguments: str, **variables: str) -> tuple[int, list[str], str]:
     """`python cli.py …` on this database: its exit status, the lines that it printed, and what it complained of."""
-    environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)}
+    environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False), **variables}
     command = [sys.executable, "cli.py", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return result.returncode, result.stdout.splitlines(), result.stderr

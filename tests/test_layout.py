@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"verifier.command"},
     {"verifier.database"},
-    {"verifier.adopted", "verifier.ranges"},
+    {"verifier.adopted", "verifier.ranges", "verifier.remote"},
     {"verifier.records", "verifier.swaps"},
     {"verifier.rows"},
     {"verifier.differences", "verifier.entries", "verifier.promises", "verifier.tree"},

@@ -10,7 +10,7 @@ import psycopg2
 import psycopg2.extras
 import pytest
 import rfc8785
-from conftest import execute, run_cli
+from conftest import SIGNER, execute, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from months import append_events, fill_months, partitions_of
@@ -53,7 +53,7 @@ def verified(url: URL, *promises: Promise, jobs: int = 2) -> Verdict:
         counted.append(count)
         totals.add(total)
 
-    verdict = verify_database(url, promises, advance, jobs)
+    verdict = verify_database(url, promises, advance, SIGNER.verifier, jobs)
     if not verdict.differences and not verdict.complaints:
         assert {sum(counted)} == totals
     return verdict

@@ -1,18 +1,23 @@
 """`python cli.py verify`: a plain verdict. Status 0: nobody changed the log, 1: somebody did, 2: nothing was told."""
 
+import asyncio
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
-from config import Settings
+from auth import api_key_in_force
+from config import ConfigurationError, Settings
 from db import open_database
-from ledger.notes import NoteError, open_checkpoint, parse_note, parse_tree_head, parse_verifier
+from ledger.notes import NoteError, Verifier, open_checkpoint, parse_note, parse_tree_head, parse_verifier
 from problems import Problem
+from proofs.sink import FileSink
 from verifier.database import Verdict, verify_database
 from verifier.promises import Promise
+from verifier.remote import RemoteError, verify_remote
 
 _MOST_LINES = 20  # of what differs
 
@@ -20,44 +25,97 @@ _MOST_LINES = 20  # of what differs
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--key", metavar="VKEY", help="the log's public key")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint that you kept")
-    parser.add_argument("--jobs", type=int, help="processes (as many as there are cores)")
+    parser.add_argument("--url", help="verify from outside, over HTTP: needs --key, and goes on from --checkpoint")
+    parser.add_argument("--all", action="store_true", help="with --url: what was verified before, too")
+    parser.add_argument("--jobs", type=int, help="processes that read the database (as many as there are cores)")
     parser.set_defaults(run=verify)
 
 
 def verify(settings: Settings, arguments: Namespace) -> int:
+    """Verify the log in the way that the arguments name."""
     try:
-        return _verify_database(settings, arguments)
-    except (NoteError, OSError) as error:
-        print(f"audit-service: {arguments.checkpoint or arguments.key}: {error}", file=sys.stderr)
-        return 2
+        key = None if arguments.key is None else parse_verifier(arguments.key)
+        if arguments.url is not None:
+            return _verify_remote(settings, arguments, key)
+        return _verify_database(settings, arguments, key)
+    except (NoteError, RemoteError, OSError) as error:
+        print(f"audit-service: {error}", file=sys.stderr)
     except Problem as problem:
         print(f"audit-service: {problem.detail}", file=sys.stderr)
-        return 2
+    return 2
 
 
-def _verify_database(settings: Settings, arguments: Namespace) -> int:
-    promises = [] if arguments.checkpoint is None else [read_promise(arguments.checkpoint, arguments.key)]
+def _verify_database(settings: Settings, arguments: Namespace, key: Verifier | None) -> int:
+    kept = [] if arguments.checkpoint is None else [read_promise(arguments.checkpoint, key)]
     with open_database(settings) as database, tqdm(unit=" events", desc="verifying") as progress:
-
-        def advance(count: int, total: int) -> None:
-            progress.total = total
-            progress.update(count)
-
-        verdict = verify_database(database.url, promises, advance, arguments.jobs)
-    return _print_verdict(verdict, promises)
-
-
-def read_promise(path: Path, key: str | None) -> Promise:
-    """The checkpoint in this file, its signature checked where the key is given; raises NoteError, OSError."""
-    note = path.read_text()
-    if key is None:
-        return Promise(parse_tree_head(parse_note(note).text), f"the checkpoint in {path}")
-    return Promise(open_checkpoint(note, parse_verifier(key))[0], f"the checkpoint in {path}")
+        verdict = verify_database(database.url, kept, _progress(progress), key, arguments.jobs)
+    _describe(verdict, key)
+    complaints = [*map(str, verdict.differences[:_MOST_LINES]), *verdict.complaints]
+    if len(verdict.differences) > _MOST_LINES:
+        complaints.append(f"… and {len(verdict.differences) - _MOST_LINES} more.")
+    first = f" The first wrong event is {verdict.differences[0].first_id}." if verdict.differences else ""
+    return conclude(complaints, first, _basis(kept))
 
 
-def _print_verdict(verdict: Verdict, promises: Sequence[Promise]) -> int:
+def _verify_remote(settings: Settings, arguments: Namespace, key: Verifier | None) -> int:
+    """Go on from the checkpoint that was kept and keep the new one instead, if all is well."""
+    if key is None or arguments.checkpoint is None:
+        raise ConfigurationError("verify --url: needs --key, and --checkpoint: a file, made the first time")
+    sink = FileSink(arguments.checkpoint)
+    kept = sink.read()
+    old = None if kept is None else open_checkpoint(kept, key)[0]
+    with tqdm(unit=" entries", desc="verifying") as progress:
+        check = verify_remote(
+            arguments.url, api_key_in_force(settings), key, old, _progress(progress), is_whole=arguments.all
+        )
+        seen = asyncio.run(check)
+    print(
+        f"{seen.head.origin}: {seen.head.size} events, root {seen.head.root.hex()}, checked from leaf {seen.start} on"
+    )
+    if seen.pruned > seen.start:
+        print(f"Entries below leaf {seen.pruned} are pruned: their hashes are in the tree.")
+    basis = f"Nothing was known of this log: its checkpoint is trusted from now on, in {arguments.checkpoint}."
+    if old is not None:
+        basis = f"It begins with the {old.size} events of the checkpoint that you had. {arguments.checkpoint} has the new one."
+    if not seen.complaints:
+        sink.write(seen.note)
+    return conclude(seen.complaints, "", basis)
+
+
+def _progress(bar: "tqdm[NoReturn]") -> Callable[[int, int], object]:
+    def advance(count: int, total: int) -> None:
+        bar.total = total
+        bar.update(count)
+
+    return advance
+
+
+def read_promise(path: Path, key: Verifier | None) -> Promise:
+    """The checkpoint in this file, its signature checked where the key is known; raises NoteError, OSError."""
+    note = path.read_text(encoding="utf-8")
+    head = parse_tree_head(parse_note(note).text) if key is None else open_checkpoint(note, key)[0]
+    return Promise(head, f"the checkpoint in {path}")
+
+
+def conclude(complaints: Sequence[str], first: str, basis: str) -> int:
+    """Print what is wrong and the verdict; return the exit status."""
+    for complaint in complaints:
+        print(f"audit-service: {complaint}", file=sys.stderr)
+    if complaints:
+        print(f"CHANGED: the log is not what was recorded.{first}")
+        return 1
+    print("OK: every event is as it was recorded, in the order in which it was.")
+    print(basis)
+    return 0
+
+
+def _describe(verdict: Verdict, key: Verifier | None) -> None:
     newest = verdict.first_id + verdict.size - 1
     print(f"{verdict.size} events, ids {verdict.first_id} to {newest}, root {verdict.root.hex()}")
+    if verdict.checkpoints:
+        print(
+            f"{verdict.checkpoints} checkpoints in the database{'' if key else ', signatures unchecked without --key'}"
+        )
     if verdict.dropped:
         print(f"The first {verdict.dropped} were dropped by retention: their hashes are in the tree.")
     if verdict.redacted:
@@ -66,22 +124,10 @@ def _print_verdict(verdict: Verdict, promises: Sequence[Promise]) -> int:
         print(f"Event {verdict.adoption.event_id} vouches for {verdict.adoption.count} rows from before the ledger.")
     elif verdict.adopted:
         print(f"Nothing vouches for {verdict.adopted} rows from before the ledger: see `ledger adopt`.")
-    complaints = [*map(str, verdict.differences[:_MOST_LINES]), *verdict.complaints]
-    if len(verdict.differences) > _MOST_LINES:
-        complaints.append(f"… and {len(verdict.differences) - _MOST_LINES} more.")
-    for complaint in complaints:
-        print(f"audit-service: {complaint}", file=sys.stderr)
-    if complaints:
-        first = f" The first wrong event is {verdict.differences[0].first_id}." if verdict.differences else ""
-        print(f"CHANGED: the log is not what was recorded.{first}")
-        return 1
-    print("OK: every event is as it was recorded, in the order in which it was.")
-    print(_known(promises))
-    return 0
 
 
-def _known(promises: Sequence[Promise]) -> str:
+def _basis(kept: Sequence[Promise]) -> str:
     """What the verdict rests on: without a checkpoint from outside a whole rewrite cannot be told."""
-    if promises:
-        return f"It begins with the {promises[0].head.size} events of {promises[0].where}."
+    if kept:
+        return f"It begins with the {kept[0].head.size} events of {kept[0].where}."
     return "Whoever could write all of it anew is found by a checkpoint that you kept: --checkpoint FILE."

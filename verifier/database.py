@@ -16,12 +16,13 @@ from psycopg2.extensions import connection as Connection
 from sqlalchemy.engine import URL
 
 from db import Database
+from ledger.notes import Verifier
 from ledger.tree import TILE_HEIGHT, TILE_WIDTH, TileId, span, split_hashes
 from verifier import records
 from verifier.adopted import check_adopted, count_older
 from verifier.differences import Difference, in_order
-from verifier.promises import Promise, broken_promises
-from verifier.ranges import Checked, Range, check_range
+from verifier.promises import Promise, broken_promises, read_stored
+from verifier.ranges import Checked, Range, check_range, within
 from verifier.rows import SESSION, Run, add_runs
 from verifier.tree import GrowingTree, edge_of, fold
 
@@ -45,6 +46,7 @@ class Verdict:
     first_id: int
     size: int
     root: bytes = b""
+    checkpoints: int = 0  # that the database keeps
     dropped: int = 0  # leaves without rows, by the log's own account of retention
     redacted: int = 0
     adopted: int = 0  # rows from before the ledger
@@ -54,9 +56,16 @@ class Verdict:
 
 
 def verify_database(
-    url: URL, promises: Sequence[Promise], advance: Callable[[int, int], object], jobs: int | None = None
+    url: URL,
+    kept: Sequence[Promise],
+    advance: Callable[[int, int], object],
+    key: Verifier | None = None,
+    jobs: int | None = None,
 ) -> Verdict:
-    """Check this database's log; `advance` is told of rows done, and how many there are. Raises what Database does."""
+    """Check this database's log; `advance` is told of rows done, and how many there are. Raises what Database does.
+
+    `kept`: checkpoints from outside; those that the database keeps are checked, too, their signatures with the key.
+    """
     with closing(open_snapshot(url)) as connection, connection.cursor() as cursor:
         cursor.execute(_HEAD)
         heads = cursor.fetchall()
@@ -65,6 +74,8 @@ def verify_database(
         first_id, size, frontier = heads[0]
         dropped, older = records.count_dropped(cursor, first_id), count_older(cursor, first_id)
         adopted = check_adopted(connection, first_id, lambda count: advance(count, size - dropped + older))
+        stored, complaints = read_stored(cursor, key)
+        promises = [*kept, *stored]
         walk = _Walk(connection, first_id, sorted({promise.head.size for promise in promises}))
         for checked in _check_ranges(url, connection, _ranges(first_id, size, dropped, walk.sizes), jobs):
             walk.take(checked)
@@ -76,12 +87,18 @@ def verify_database(
             first_id,
             size,
             walk.root(),
+            len(stored),
             dropped,
             sum(run.count for run in walk.redacted.values()),
             adopted.count,
             adopted.recorded,
             list(in_order(walk.differences)),
-            [*adopted.complaints, *walk.check_tile_counts(size), *broken_promises(promises, size, walk.roots)],
+            [
+                *complaints,
+                *adopted.complaints,
+                *walk.check_tile_counts(size),
+                *broken_promises(promises, size, walk.roots),
+            ],
         )
 
 
@@ -100,7 +117,7 @@ def _ranges(first_id: int, size: int, dropped: int, sizes: Sequence[int]) -> lis
     """At least one, for there may be rows where there should be none."""
     bounds = [*range(0, size, RANGE_LEAVES), size] if size else [0, 0]
     return [
-        Range(first_id, start, end, dropped, end == size, [each for each in sizes if start < each <= end])
+        Range(first_id, start, end, dropped, end == size, within(sizes, start + 1, end))
         for start, end in pairwise(bounds)
     ]
 

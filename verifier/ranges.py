@@ -4,6 +4,7 @@ A stored tile tells which of its 256 events is wrong. Where both disagree the ti
 what is wrong with a row is said once, and what is wrong with the tree is said of the tree.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,11 @@ _LEAF_TILES = """
 """
 
 
+def within(sizes: Sequence[int], first: int, last: int) -> Sequence[int]:
+    """Of sizes in order those from the first to the last."""
+    return sizes[bisect_left(sizes, first) : bisect_right(sizes, last)]
+
+
 @dataclass(frozen=True)
 class Range:
     """Leaves to check, from a tile's first on."""
@@ -32,7 +38,7 @@ class Range:
     end: int
     kept: int  # rows below are not there any more, with good reason
     is_last: bool  # then nothing may come behind it
-    sizes: Sequence[int] = ()  # of trees that end in it, and whose roots somebody vouches for
+    sizes: Sequence[int] = ()  # in order, of trees that end in it, and whose roots somebody vouches for
 
     @property
     def ids(self) -> range:
@@ -127,6 +133,6 @@ def _grow(wanted: Range, start: int, hashes: Sequence[bytes | None], checked: Ch
         checked.roots += heights[-1]
     else:
         checked.rest = leaves
-    for size in wanted.sizes:
-        if start < size <= start + len(leaves) and size % TILE_WIDTH:
+    for size in within(wanted.sizes, start + 1, start + len(leaves)):
+        if size % TILE_WIDTH:
             checked.edges[size] = root_of(edge_of(heights, size - start))

@@ -37,6 +37,12 @@ class GrowingTree:
         self._on_tile = on_tile
         self._open: list[list[bytes]] = []  # hashes of the unfinished tile of each level, from level 1 on
 
+    def resume(self, tiles: int, prefixes: Sequence[Sequence[bytes]]) -> None:
+        """Go on from so many leaf tiles, with the hashes that each level's unfinished tile has, from level 1 on."""
+        self.tiles = tiles
+        self._open = [list(prefix) for prefix in prefixes]
+        self.edge = [node for hashes in reversed(self._open) for node in edge_of(fold(hashes), len(hashes))]
+
     def append(self, root: bytes) -> None:
         node, count = root, self.tiles
         self._collect(0, node, count)
@@ -53,6 +59,15 @@ class GrowingTree:
     def root(self, behind: Sequence[bytes] = ()) -> bytes:
         """The root at this size, or with the subtrees behind it that no tile is full of."""
         return root_of([*self.edge, *behind])
+
+    def open_tiles(self) -> list[tuple[TileId, list[bytes]]]:
+        """The unfinished tiles above the leaves that have hashes."""
+        counts = [self.tiles >> TILE_HEIGHT * (above + 1) for above in range(len(self._open))]
+        return [
+            (TileId(above + 1, index), hashes)
+            for above, (index, hashes) in enumerate(zip(counts, self._open, strict=True))
+            if hashes
+        ]
 
     def _collect(self, above: int, node: bytes, index: int) -> None:
         if above == len(self._open):

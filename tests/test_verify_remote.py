@@ -1,0 +1,162 @@
+"""`python cli.py verify --url`: an auditor outside, who has the public key and an old checkpoint, and no database."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import API_KEY, SIGNER, execute, run_cli, running_app, settings_for
+from months import append_events, fill_months, partitions_of
+from sqlalchemy.engine import URL
+from test_attacks import attack, rewrite
+from test_verify import leaves_of, plain
+from verify import tree_hash
+
+from db import Database
+from housekeeping.partitions import seal_finished_months
+from housekeeping.retention import apply_retention
+from ledger.notes import generate_signer, parse_note, parse_tree_head, sign_checkpoint
+
+
+@dataclass
+class Auditor:
+    """Somebody with a file."""
+
+    url: str
+    kept: Path
+
+    def verify(self, *options: str, key: str = str(SIGNER.verifier)) -> tuple[int, list[str], str]:
+        nowhere = URL.create("postgresql", host="127.0.0.1", port=1)
+        arguments = ["--url", self.url, "--key", key, "--checkpoint", str(self.kept), *options]
+        return run_cli(nowhere, "verify", *arguments, API_KEY=API_KEY)
+
+    @property
+    def size(self) -> int:
+        return parse_tree_head(parse_note(self.kept.read_text()).text).size
+
+
+@pytest.fixture
+def database(database_url: URL) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def auditor(database: Database, tmp_path: Path) -> Iterator[Auditor]:
+    with running_app(settings_for(database.url)) as client:
+        client.get("/health")
+        yield Auditor(str(client.base_url), tmp_path / "checkpoint")
+
+
+def sign_anew(url: URL) -> None:
+    """What a service signs that has lost its memory, or wants to."""
+    leaves = leaves_of(url)
+    note = sign_checkpoint(SIGNER, len(leaves), tree_hash(leaves))
+    execute(url, "DELETE FROM ledger_checkpoints")
+    columns = f"'{SIGNER.name}', {len(leaves)}, '\\x{tree_hash(leaves).hex()}', '{note}', now()"
+    execute(url, f"INSERT INTO ledger_checkpoints SELECT {columns}")
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 300), (256, 256, 257), (255, 512, 1100), (700, 70_000)])
+def test_a_growing_log_is_checked_from_where_it_was_checked_last(
+    auditor: Auditor, database: Database, sizes: tuple[int, ...]
+) -> None:
+    known = 0
+    for number, size in enumerate(sizes):
+        for start in range(known, size, 5_000):
+            append_events(database, *plain(min(5_000, size - start)))
+        with httpx.Client(base_url=auditor.url, headers={"X-API-Key": API_KEY}) as client:
+            assert size == 0 or client.get(f"/events/{size}/proof", timeout=30).status_code == 200
+        status, said, complaints = auditor.verify(*(["--all"] if number == 2 else []))
+        assert status == 0, complaints
+        start = 0 if number == 2 else known // 256 * 256
+        assert said[0].startswith(f"{SIGNER.name}: {size} events, root ")
+        assert said[0].endswith(f", checked from leaf {start} on")
+        assert ("is trusted from now on" in said[-1]) == (number == 0)
+        assert auditor.size == size
+        known = size
+
+
+def test_a_pruned_log_is_checked_by_its_hashes(auditor: Auditor, database: Database) -> None:
+    dropped, *_ = fill_months(database, plain(600), plain(700))
+    list(seal_finished_months(database))
+    long_after = partitions_of(database.url)[-1].upper_bound + timedelta(days=400)
+    assert dropped in list(apply_retention(database, timedelta(days=1), long_after))
+    status, said, complaints = auditor.verify()
+    assert status == 0, complaints
+    assert said[1] == "Entries below leaf 768 are pruned: their hashes are in the tree."
+
+
+def test_only_the_right_key_is_believed(auditor: Auditor, database: Database) -> None:
+    append_events(database, *plain(10))
+    stranger = str(generate_signer(SIGNER.name).verifier)
+    status, _, complaints = auditor.verify(key=stranger)
+    assert (status, "has not signed it" in complaints, auditor.kept.exists()) == (2, True, False)
+    assert run_cli(database.url, "verify", "--url", auditor.url)[0] == 2
+
+
+REWRITE = "UPDATE audit_events SET event_type = 'LOGOUT' WHERE id = 300"
+
+
+@pytest.mark.parametrize("whole", [[], ["--all"]])
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_history_rewritten_and_signed_anew_is_found(
+    auditor: Auditor, database: Database, grows: bool, whole: list[str]
+) -> None:
+    append_events(database, *plain(600))
+    assert auditor.verify()[0] == 0
+    before = auditor.kept.read_text()
+    rewrite(database.url, REWRITE)
+    if grows:
+        append_events(database, *plain(600))
+    sign_anew(database.url)
+    with running_app(settings_for(database.url)) as client:  # a new process remembers nothing
+        auditor.url = str(client.base_url)
+        status, said, complaints = auditor.verify(*whole)
+    assert (status, said[-1]) == (1, "CHANGED: the log is not what was recorded.")
+    assert "The log does not begin with the 600 events of your checkpoint: it was rewritten." in complaints
+    assert auditor.kept.read_text() == before
+
+
+def test_a_log_that_was_set_back_is_found(auditor: Auditor, database: Database) -> None:
+    append_events(database, *plain(600))
+    assert auditor.verify()[0] == 0
+    rewrite(database.url, "DELETE FROM audit_events WHERE id > 500")
+    sign_anew(database.url)
+    with running_app(settings_for(database.url)) as client:
+        auditor.url = str(client.base_url)
+        status, _, complaints = auditor.verify()
+    assert (status, "You have a checkpoint of 600 events, and the log has 500." in complaints) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "UPDATE audit_events SET event_type = 'LOGOUT' WHERE id = 300",
+            "The entry of leaf 299 is not that of its tile",
+        ),
+        ("DELETE FROM audit_events WHERE id = 300", "The entries of leaves 256 to 511 are missing"),
+        ("UPDATE ledger_tiles SET hashes = decode(repeat('00', 8192), 'hex') WHERE tile_index = 1", "of leaf 256"),
+        ("DELETE FROM ledger_tiles WHERE tile_index = 1", "Tile 0 of level 1 is not made of those"),
+        ("UPDATE ledger_tiles SET root = sha256('x') WHERE tile_index = 1", "Tile 0 of level 1 is not made of those"),
+    ],
+)
+def test_rows_and_tiles_that_were_changed_are_found(
+    auditor: Auditor, database: Database, change: str, said: str
+) -> None:
+    append_events(database, *plain(600))
+    assert auditor.verify()[0] == 0
+    attack(database.url, change)
+    status, _, complaints = auditor.verify("--all")
+    assert (status, said in complaints) == (1, True), complaints
+
+
+def test_a_server_that_is_no_log_gives_no_verdict(auditor: Auditor, tmp_path: Path) -> None:
+    auditor.url = "http://127.0.0.1:1"
+    status, said, complaints = auditor.verify()
+    assert (status, said) == (2, [])
+    assert "audit-service: http://127.0.0.1:1/ledger/" in complaints

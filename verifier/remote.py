@@ -1,0 +1,227 @@
+"""The log over HTTP, checked by somebody who trusts nothing but its public key and a checkpoint that he kept.
+
+c2sp.org/tlog-tiles. Entries are hashed to leaves and leaves to the root; what the server has for proofs is not asked.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from ledger.notes import TreeHead, Verifier, open_checkpoint
+from ledger.tree import TILE_WIDTH, TileId, hash_leaf, split_hashes, tile_width
+from verifier.tree import GrowingTree, edge_of, fold
+
+_AT_ONCE = 24  # tiles on their way, each with its bundle
+_TIMEOUT_S = 30
+
+
+class RemoteError(Exception):
+    """The server does not answer as a log does: nothing can be told."""
+
+
+@dataclass
+class Seen:
+    """What was found of the log."""
+
+    head: TreeHead
+    note: str  # its checkpoint
+    start: int = 0  # the first leaf that was looked at
+    pruned: int = 0  # leaves whose entries are not served any more
+    complaints: list[str] = field(default_factory=list)
+
+
+class _Log:
+    """The log's resources."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def read(self, path: str) -> bytes | None:
+        """The resource, decompressed; None where the log does not have it. Raises RemoteError."""
+        try:
+            answer = await self._client.get(path)
+        except httpx.HTTPError as error:
+            raise RemoteError(f"{self._client.base_url}: {error or type(error).__name__}") from None
+        if answer.status_code not in (200, 404):
+            raise RemoteError(f"{answer.url}: {answer.status_code} {answer.text[:200]}")
+        return answer.content if answer.status_code == 200 else None
+
+    async def read_tile(self, tile: TileId, size: int) -> list[bytes] | None:
+        """A tile's hashes, as many as a tree of this size has in it; None where they are not served as such."""
+        width = tile_width(tile, size)
+        hashes = split_hashes(await self.read(f"tile/{tile.level}/{_path(tile.index, width)}") or b"")
+        return hashes if len(hashes) == width and len(hashes[-1]) == len(hashes[0]) else None
+
+    async def read_entries(self, index: int, size: int) -> list[bytes] | None:
+        width = tile_width(TileId(0, index), size)
+        bundle = await self.read(f"tile/entries/{_path(index, width)}")
+        return None if bundle is None else _split_entries(bundle)
+
+
+async def verify_remote(
+    url: str,
+    api_key: str,
+    key: Verifier,
+    old: TreeHead | None,
+    advance: Callable[[int, int], object],
+    *,
+    is_whole: bool = False,
+) -> Seen:
+    """Check that the log at the URL begins with the old tree, and what came since; or, where so asked, all of it.
+
+    Raises RemoteError, and NoteError where the checkpoint is not one of this key's.
+    """
+    limits = httpx.Limits(max_connections=_AT_ONCE)
+    headers = {"X-API-Key": api_key}
+    base_url = f"{url.rstrip('/')}/ledger/"
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=_TIMEOUT_S) as client:
+        log = _Log(client)
+        note = (await log.read("checkpoint") or b"").decode()
+        seen = Seen(open_checkpoint(note, key)[0], note)
+        if old is not None and old.size > seen.head.size:
+            seen.complaints.append(f"You have a checkpoint of {old.size} events, and the log has {seen.head.size}.")
+        else:
+            await _Walk(log, seen, old).go(0 if old is None or is_whole else old.size // TILE_WIDTH, advance)
+    return seen
+
+
+class _Walk:
+    """From the old tree to the new one, tile by tile."""
+
+    def __init__(self, log: _Log, seen: Seen, old: TreeHead | None) -> None:
+        self._log = log
+        self._seen = seen
+        self._old = old
+        self._size = seen.head.size
+        self._has_entries = False  # seen so far
+        self._above: list[tuple[TileId, list[bytes]]] = []  # higher tiles as they come of those below
+        self._tree = GrowingTree(lambda tile, hashes: self._above.append((tile, split_hashes(hashes))))
+
+    async def go(self, first: int, advance: Callable[[int, int], object]) -> None:
+        """Note what is wrong from this tile on; `advance` is told of entries done, and how many there are to do."""
+        self._seen.start = first * TILE_WIDTH
+        if not await self._resume(first):
+            return
+        rest: list[bytes] = []
+        async for index, leaves, is_pruned in self._leaves(first):
+            self._note_pruned(index, len(leaves), is_pruned)
+            heights = fold(leaves)
+            self._require_old(index, heights)
+            if len(leaves) == TILE_WIDTH:
+                self._tree.append(heights[-1][0])
+            else:
+                rest = edge_of(heights, len(leaves))
+            advance(len(leaves), self._size - self._seen.start)
+        self._require_old_at_the_edge()
+        if not self._seen.complaints and self._tree.root(rest) != self._seen.head.root:
+            self._complain("The entries are not those of the tree that the log has signed.")
+        await self._check_tiles_above()
+
+    async def _resume(self, first: int) -> bool:
+        """Take the old tree's right edge from the tiles; that it is the old one shows when the old root comes of it."""
+        prefixes = []
+        level, count = 1, first
+        while count:
+            index, width = divmod(count, TILE_WIDTH)
+            prefixes.append(await self._log.read_tile(TileId(level, index), self._size) or [] if width else [])
+            if len(prefixes[-1]) < width:
+                self._complain(f"Tile {index} of level {level} is not served.")
+                return False
+            prefixes[-1] = prefixes[-1][:width]
+            level, count = level + 1, index
+        self._tree.resume(first, prefixes)
+        return True
+
+    async def _leaves(self, first: int) -> AsyncIterator[tuple[int, Sequence[bytes], bool]]:
+        """The leaves of each tile, in order, and whether their entries are pruned; many tiles are on their way.
+
+        Ends where one is not served as it should be.
+        """
+        waiting: deque[asyncio.Task[tuple[Sequence[bytes], bool] | None]] = deque()
+        end = -(-self._size // TILE_WIDTH)
+        indexes = iter(range(first, end))
+        try:
+            for done in range(first, end):
+                while len(waiting) < _AT_ONCE and (index := next(indexes, None)) is not None:
+                    waiting.append(asyncio.create_task(self._read_leaves(index)))
+                read = await waiting.popleft()
+                if read is None:
+                    return
+                yield done, *read
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def _read_leaves(self, index: int) -> tuple[Sequence[bytes], bool] | None:
+        """The leaves of a tile's entries, or of pruned ones as the tile has them; None where they do not agree."""
+        entries, tile = await asyncio.gather(
+            self._log.read_entries(index, self._size), self._log.read_tile(TileId(0, index), self._size)
+        )
+        if tile is None:
+            self._complain(f"Tile {index} of level 0 is not served.")
+            return None
+        if entries is None:
+            return tile, True
+        leaves = [hash_leaf(entry) for entry in entries]
+        if leaves == tile:
+            return leaves, False
+        places = [place for place, (ours, theirs) in enumerate(zip(leaves, tile, strict=False)) if ours != theirs]
+        leaf_index = index * TILE_WIDTH + min([*places, len(leaves), len(tile)])
+        self._complain(f"The entry of leaf {leaf_index} is not that of its tile.")
+        return None
+
+    def _note_pruned(self, index: int, count: int, is_pruned: bool) -> None:
+        """Only the oldest entries can be pruned: behind one that is served all are."""
+        if not is_pruned:
+            self._has_entries = True
+        elif self._has_entries:
+            self._complain(
+                f"The entries of leaves {index * TILE_WIDTH} to {index * TILE_WIDTH + count - 1} are missing."
+            )
+        else:
+            self._seen.pruned = index * TILE_WIDTH + count
+
+    def _require_old(self, index: int, heights: Sequence[Sequence[bytes]]) -> None:
+        old = self._old
+        if old is None or old.size // TILE_WIDTH != index:
+            return
+        if self._tree.root(edge_of(heights, old.size % TILE_WIDTH)) != old.root:
+            self._complain(f"The log does not begin with the {old.size} events of your checkpoint: it was rewritten.")
+
+    def _require_old_at_the_edge(self) -> None:
+        """Where the old tree ends with the last full tile there is no tile behind it in which to look."""
+        old = self._old
+        if old is not None and old.size == self._size and old.size % TILE_WIDTH == 0 and self._tree.root() != old.root:
+            self._complain(f"The log does not begin with the {old.size} events of your checkpoint: it was rewritten.")
+
+    async def _check_tiles_above(self) -> None:
+        """Hold the higher tiles that the server has against those that come of its entries."""
+        if self._seen.complaints:
+            return
+        for tile, hashes in [*self._above, *self._tree.open_tiles()]:
+            if await self._log.read_tile(tile, self._size) != hashes:
+                self._complain(f"Tile {tile.index} of level {tile.level} is not made of those below it.")
+
+    def _complain(self, what: str) -> None:
+        self._seen.complaints.append(what)
+
+
+def _path(number: int, width: int) -> str:
+    """c2sp.org/tlog-tiles, Merkle Tree: 1234067 is x001/x234/067; `.p/17` names a partial tile."""
+    digits = f"{number:0{-(-len(str(number)) // 3) * 3}d}"
+    groups = [digits[start : start + 3] for start in range(0, len(digits), 3)]
+    path = "/".join([*(f"x{group}" for group in groups[:-1]), groups[-1]])
+    return path if width == TILE_WIDTH else f"{path}.p/{width}"
+
+
+def _split_entries(bundle: bytes) -> list[bytes]:
+    """A bundle's entries, each behind its length in two bytes; the last is what there is where it is cut."""
+    entries, start = [], 0
+    while start < len(bundle):
+        end = start + 2 + int.from_bytes(bundle[start : start + 2])
+        entries.append(bundle[start + 2 : end])
+        start = end
+    return entries
