@@ -205,14 +205,15 @@ def _on_redaction(settings: Settings, arguments: Namespace) -> int:
 
 def _redact(database: Database, wanted: RedactionIn, by: str, expected: int) -> int:
     """Status 1 where files still hold what was erased: the service goes on trying."""
-    name = redaction.new_name()
+    name, is_recorded = redaction.new_name(), False
     with tqdm(total=expected, unit=" events", desc="redacting") as progress:
         for count in redaction.redact(database, wanted, by, name):
             progress.update(count)
+            is_recorded = True
     with tqdm(total=len(rewrite.relations_due(database)), unit=" tables", desc="rewriting") as progress:
         for _ in rewrite.rewrite_erased(database):
             progress.update()
-    print(f"Recorded as {name}")
+    print(f"Recorded as {name}" if is_recorded else "Nothing was found to erase, and nothing recorded.")
     if due := rewrite.relations_due(database):
         print(f"Erased, and still in the files of: {', '.join(due)}. See runbook.md, Redact.", file=sys.stderr)
         return 1

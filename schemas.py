@@ -292,7 +292,7 @@ class RedactionIn(BaseModel):
 class Redaction(BaseModel):
     """What one call erased, or would erase."""
 
-    redaction: str | None = Field(description="`resource` of the events that record it; null of a dry run")
+    redaction: str | None = Field(description="`resource` of the events that record it; null where nothing was erased")
     dry_run: bool
     count: int = Field(description="Events whose personal data this call erased, or would erase")
     held: int = Field(description="Events that a legal hold keeps as they are")

@@ -110,8 +110,9 @@ def measure(database: Database, wanted: RedactionIn, by: str) -> Extent:
 def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: int | None = None) -> Iterator[int]:
     """Erase the personal data of the events, `most` of them in this call; yield each batch's count when it is done.
 
-    `name` identifies it in the events `audit.redaction` that record it. Raises InvalidFields where the record would
-    itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
+    `name` identifies it in the events `audit.redaction` that record it, one a batch; released legal holds are a batch
+    of 0 events. Where nothing is found, nothing is recorded and nothing yielded. Raises InvalidFields where the record
+    would itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
     """
     _check_record(database, wanted, by)
     with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
@@ -122,9 +123,11 @@ def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: in
             raise DatabaseUnavailable("A partition is on its way out. Try again in a minute.")
         ids = _find(session, wanted).ids[:most]
         for start in range(0, len(ids), BATCH_EVENTS):
-            yield _erase(database, ids[start : start + BATCH_EVENTS], wanted.reason, by, name)
-        if wanted.actor is not None and (most is None or len(ids) < most):
-            _erase_holds(database, wanted, by, name)
+            if count := _erase(database, ids[start : start + BATCH_EVENTS], wanted.reason, by, name):
+                yield count
+        is_last = wanted.actor is not None and (most is None or len(ids) < most)
+        if is_last and _erase_holds(database, wanted, by, name):
+            yield 0
 
 
 def new_name() -> str:
@@ -182,12 +185,13 @@ def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: s
     return int(erased["count"])
 
 
-def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) -> None:
+def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) -> int:
     values = {"actor": wanted.actor, "tenant": wanted.tenant, "redacted": REDACTED}
     with database.transaction() as connection:
         moment = connection.scalar(text("SELECT now()"))
-        if count := connection.scalar(_ERASE_HOLDS, values):
+        if count := connection.scalar(_ERASE_HOLDS, values) or 0:
             record(connection, _event(name, by, moment, {"legal_holds": count, "reason": wanted.reason}))
+    return int(count)
 
 
 def _event(name: str, by: str, moment: object, metadata: dict[str, object]) -> EventIn:

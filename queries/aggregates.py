@@ -1,18 +1,24 @@
-"""How many events, when, and of what: counts, histograms and most frequent values, for the same filters as pages."""
+"""How many events, when, and of what: counts, histograms and most frequent values, for the same filters as pages.
 
-from collections.abc import Sequence
+Where one index holds all that a count or histogram asks for, its statement is prepared, once a connection: planning
+it for its values would choose that index too, and take as long as counting some thousand events.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row, Select, bindparam, func, literal, select, true, union
-from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy import Row, Select, bindparam, func, literal_column, select, true, union
 
 from fields import Interval
 from models import audit_events
 from problems import InvalidFields
-from queries.filters import conditions
+from queries.filters import conditions, values_of
+from queries.lines import BUCKET_JSON
 from queries.listing import find_edge
-from queries.reader import Reader
+from queries.reader import DIALECT, Reader
 from schemas import EventFilter, HistogramQuery, TopQuery
 
 MAX_BUCKETS = 2_000
@@ -26,19 +32,25 @@ _LENGTHS: dict[Interval, tuple[timedelta, timedelta]] = {
     "month": (timedelta(days=27), timedelta(days=7)),
 }
 _INSTANT = timedelta(microseconds=1)  # PostgreSQL's resolution
+_LEADING_COLUMNS = ("actor", "event_type", "tenant")  # of the indexes that go on with timestamp
 
 _columns = audit_events.c
 
 
 def count_events(reader: Reader, wanted: EventFilter, limit: int) -> tuple[int, bool]:
     """How many events there are, and whether the counting stopped at the limit."""
-    found = select(true()).select_from(audit_events).where(*conditions(wanted)).limit(limit + 1).subquery()
-    count: int = reader.search(select(func.count()).select_from(found))[0][0]
+    count: int = _ask(reader, _count, wanted, {"most": limit + 1})[0][0]
     return min(count, limit), count > limit
 
 
+def _count(wanted: EventFilter) -> Select[Any]:
+    """How many events there are, `most` at the most. Indexes: those of the filters."""
+    found = select(true()).select_from(audit_events).where(*conditions(wanted)).limit(bindparam("most")).subquery()
+    return select(func.count()).select_from(found)
+
+
 def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
-    """Start and count of every bucket in the range, empty ones too; raises InvalidFields where they are too many.
+    """`events`, how many, and `json` of every bucket in the range, empty ones too; raises InvalidFields for too many.
 
     An end of the range that is not given is where the first or last of the events is.
     """
@@ -47,41 +59,54 @@ def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
     if first is None or last is None:
         return []
     shortest, _ = _LENGTHS[wanted.interval]
-    buckets = (
-        reader.search(histogram_statement(wanted, first, last)) if (last - first) / shortest < MAX_BUCKETS * 2 else None
-    )
+    is_possible = (last - first) / shortest < MAX_BUCKETS * 2
+    buckets = _ask(reader, _histogram, wanted, _histogram_values(wanted, first, last)) if is_possible else None
     if buckets is None or len(buckets) > MAX_BUCKETS:
         message = f"makes more than {MAX_BUCKETS} buckets of this range: choose a longer one, or narrow start and end"
         raise InvalidFields(errors=[{"location": "query.interval", "message": message}])
     return buckets
 
 
-def histogram_statement(wanted: HistogramQuery, first: datetime, last: datetime) -> Select[Any]:
+def histogram_statement(wanted: HistogramQuery, first: datetime, last: datetime) -> tuple[str, dict[str, Any]]:
+    """The SQL of a histogram from the first moment to the last, and its parameters by name."""
+    return _statement(_histogram, wanted, _histogram_values(wanted, first, last))
+
+
+def _histogram_values(wanted: HistogramQuery, first: datetime, last: datetime) -> dict[str, Any]:
+    _, step = _LENGTHS[wanted.interval]
+    own = {"interval": wanted.interval, "time_zone": wanted.time_zone, "first": first, "last": last, "step": step}
+    return {**own, "most": MAX_BUCKETS + 1}
+
+
+def _histogram(wanted: EventFilter) -> Select[Any]:
     """Every bucket from the first moment's to the last's, with its count.
 
     PostgreSQL's own rules of the time zone make the buckets, those of the events and the empty ones alike:
     so a day on which clocks change has 23 or 25 hours, and one that a zone skipped has no bucket.
     Indexes: those of the filters, and of the time range.
     """
-    _, step = _LENGTHS[wanted.interval]
 
     def bucket(moment: Any) -> Any:
-        return func.date_trunc(literal(wanted.interval), moment, literal(wanted.time_zone)).label("start")
+        return func.date_trunc(bindparam("interval"), moment, bindparam("time_zone")).label("start")
 
-    moment = func.generate_series(bucket(first), last, bindparam("step", step, INTERVAL)).column_valued("moment")
+    first: Any = bindparam("first")
+    last: Any = bindparam("last")
+    moment = func.generate_series(bucket(first), last, bindparam("step")).column_valued("moment")
     buckets = union(select(bucket(moment)), select(bucket(last))).subquery("buckets")
     counted = (
-        select(bucket(_columns.timestamp), func.count().label("count"))
+        select(bucket(_columns.timestamp), func.count().label("events"))
         .where(*conditions(wanted))
         .group_by("start")
         .subquery("counted")
     )
-    return (
-        select(buckets.c.start, func.coalesce(counted.c.count, 0).label("count"))
+    filled = (
+        select(buckets.c.start, func.coalesce(counted.c.events, literal_column("0")).label("events"))
         .select_from(buckets.outerjoin(counted, buckets.c.start == counted.c.start))
         .order_by(buckets.c.start)
-        .limit(MAX_BUCKETS + 1)
+        .limit(bindparam("most"))
+        .subquery("bucket")
     )
+    return select(filled.c.events, BUCKET_JSON.label("json")).order_by(filled.c.start)
 
 
 def count_by_value(reader: Reader, wanted: TopQuery) -> Sequence[Row[Any]]:
@@ -93,3 +118,39 @@ def count_by_value(reader: Reader, wanted: TopQuery) -> Sequence[Row[Any]]:
     count = func.count().label("count")
     statement = select(value, count).where(value.is_not(None), *conditions(wanted)).group_by(value)
     return reader.search(statement.order_by(count.desc(), value.collate("C")).limit(wanted.n))
+
+
+def _ask(
+    reader: Reader, make: Callable[[EventFilter], Select[Any]], wanted: EventFilter, values: dict[str, Any]
+) -> Sequence[Row[Any]]:
+    """What this statement finds, prepared or planned for its values; `values`: of its own parameters."""
+    if _is_covered(wanted):
+        return reader.walk(*_statement(make, wanted, values))
+    return reader.search(make(wanted).params(values))
+
+
+def _is_covered(wanted: EventFilter) -> bool:
+    """Whether one index has all that the filter looks at."""
+    columns = values_of(wanted).keys() - {"start", "end"}
+    return len(columns) <= 1 and columns <= set(_LEADING_COLUMNS)
+
+
+def _statement(
+    make: Callable[[EventFilter], Select[Any]], wanted: EventFilter, values: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    values = values_of(wanted) | values
+    return _sql(_Shape(make, tuple(values), wanted)), values
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What of a question makes its statement's text, so that the next one of the same shape is spared the making."""
+
+    make: Callable[[EventFilter], Select[Any]]
+    parameters: tuple[str, ...]
+    example: EventFilter = field(compare=False)
+
+
+@lru_cache(maxsize=100)
+def _sql(shape: _Shape) -> str:
+    return str(shape.make(shape.example).compile(dialect=DIALECT))

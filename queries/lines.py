@@ -78,3 +78,6 @@ CSV_LINE = _line(f"{_csv_record(EXPORTED_FIELDS)} || E'\\r\\n'")
 # A server-sent event (HTML Living Standard, section 9.2.5). JSON has no raw line breaks, so one data line is enough.
 SSE_FRAME = _line(f"'id: ' || id || E'\\ndata: ' || {_json_object(PUBLIC_FIELDS)} || E'\\n\\n'")
 EVENT_JSON = _line(_json_object(PUBLIC_FIELDS))
+# A bucket of a histogram. It may begin a day before the year 1, where no timestamp lies: then it begins with that.
+_START = _MOMENT.format("greatest(start, '0001-01-01 00:00:00+00')")
+BUCKET_JSON = _line(f"""'{{"start":"' || {_START} || '","count":' || events || '}}'""")

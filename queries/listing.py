@@ -105,14 +105,24 @@ def walk_statement(
     walked = _walked_field(wanted)
     if walked == "tenant":
         values["tenant"] = [wanted.tenant]
-    if wanted.start is not None or wanted.end is not None:
-        values |= recorded_values(seals, lambda seal: seal.meets(wanted.start, wanted.end))
+    start, end = _time_range(wanted, after)
+    if start is not None or end is not None:
+        values |= recorded_values(seals, lambda seal: seal.meets(start, end))
     if after is not None:
         values |= {"after_timestamp": after[0], "after_id": after[1]}
     if is_bounded:
         walks = 1 if walked is None else len(values[walked])
         values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1)}
     return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
+
+
+def _time_range(wanted: EventListing, after: Position | None) -> tuple[datetime | None, datetime | None]:
+    """Within what, both ends included, the timestamps of a page lie: a cursor has left the time before it behind."""
+    start, end = wanted.start, wanted.end
+    if after is None:
+        return start, end
+    moment, _ = after
+    return (start, min(end or moment, moment)) if wanted.order == "desc" else (max(start or moment, moment), end)
 
 
 @dataclass(frozen=True)
@@ -152,10 +162,10 @@ def _walk_one(
     wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
 ) -> Select[Any]:
     """The first events that meet all conditions; bounded, among the first `most` of the walked ones."""
-    in_range = time_conditions(wanted)
+    in_range = [*_beyond(wanted, after), *time_conditions(wanted)]
     if in_range:
         in_range.append(recorded_condition(_columns.recorded_at))
-    walked = walked.where(*_beyond(wanted, after), *in_range)
+    walked = walked.where(*in_range)
     if not is_bounded:
         return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
     looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")

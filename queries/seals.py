@@ -47,10 +47,10 @@ class Seal:
     latest: datetime | None
 
     def meets(self, start: datetime | None, end: datetime | None) -> bool:
-        """Whether it may hold events of this time range."""
+        """Whether it may hold events of this time range, both ends included."""
         if self.earliest is None or self.latest is None:
             return False
-        return (start is None or start <= self.latest) and (end is None or self.earliest < end)
+        return (start is None or start <= self.latest) and (end is None or self.earliest <= end)
 
 
 def sealed_months(rows: Iterable[Row[Any]]) -> Sequence[Seal]:

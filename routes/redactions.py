@@ -34,6 +34,7 @@ def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
         found = len(extent.ids)
         return Redaction(redaction=None, dry_run=True, count=found, held=extent.held, remaining=found)
     name = redaction.new_name()
-    count = sum(redaction.redact(database, wanted, caller.name, name, MOST_EVENTS_A_CALL))
+    batches = list(redaction.redact(database, wanted, caller.name, name, MOST_EVENTS_A_CALL))
     left = redaction.measure(database, wanted, caller.name)
-    return Redaction(redaction=name, dry_run=False, count=count, held=left.held, remaining=len(left.ids))
+    recorded = name if batches else None
+    return Redaction(redaction=recorded, dry_run=False, count=sum(batches), held=left.held, remaining=len(left.ids))

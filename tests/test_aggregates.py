@@ -71,6 +71,12 @@ def test_buckets_follow_the_clocks_of_the_zone(
     assert [moment[8:13] for moment, _ in found] == starts
 
 
+def test_a_bucket_begins_in_the_year_1_at_the_earliest(client: httpx.Client) -> None:
+    post_all(client, at("0001-01-01T00:00:00Z", "0001-01-01T20:00:00Z"))
+    days = [("0001-01-01T00:00", 1), ("0001-01-01T18:18:44.000000Z", 1)]  # local mean time, 5:41:16 ahead
+    assert histogram(client, interval="day", time_zone="Asia/Kathmandu") == days
+
+
 @pytest.mark.parametrize(("interval", "step"), [("minute", timedelta(minutes=1)), ("day", timedelta(days=1))])
 def test_two_thousand_buckets_are_the_most(client: httpx.Client, interval: str, step: timedelta) -> None:
     start = datetime(2020, 1, 1, tzinfo=UTC)

@@ -16,8 +16,9 @@ from sqlalchemy import Engine, event
 from db import Database
 from housekeeping.partitions import seal_finished_months
 from queries import aggregates, listing, lookup
+from queries.cursors import encode_cursor
 from queries.reader import Reader
-from schemas import EventFilter, EventListing, HistogramQuery
+from schemas import EventFilter, EventListing, HistogramQuery, TopQuery
 
 MONTHS, EVENTS_A_MONTH = 6, 6_000
 
@@ -60,6 +61,7 @@ class Ran:
     """What the statements since the last look read."""
 
     indexes: set[str]  # by the names they have in the partitioned table, and 'none' for a scan without one
+    kinds: set[str]  # of the scans
     partitions: int
     rows: int  # looked at, those that did not match included
 
@@ -80,6 +82,7 @@ class Plans:
         self._plans.clear()
         return Ran(
             {_index_of(node) for node in scans if node["Node Type"] != "Bitmap Heap Scan"},
+            {node["Node Type"] for node in scans},
             len({node["Relation Name"] for node in scans if "Relation Name" in node}),
             sum(map(_rows, scans)),
         )
@@ -101,7 +104,12 @@ def _rows(node: dict[str, Any]) -> int:
 
 
 def _index_of(node: dict[str, Any]) -> str:
-    kinds = ("actor_timestamp_id", "event_type_timestamp_id", "timestamp_id", "metadata", "pkey")
+    kinds = (
+        *(f"{name}_timestamp_id" for name in ("actor", "event_type", "tenant")),
+        "timestamp_id",
+        "metadata",
+        "pkey",
+    )
     return next((kind for kind in kinds if kind in node.get("Index Name", "")), "none")
 
 
@@ -202,12 +210,78 @@ def test_a_time_range_leaves_sealed_partitions_out(explained: tuple[Reader, Plan
     found = {"start": days_ago(20).isoformat(), "end": days_ago(15).isoformat(), **filters}
     assert listing.list_events(reader, EventListing.model_validate({"limit": 5, **found})).events
     assert plans.since().partitions == 1
-    aggregates.count_events(reader, EventFilter.model_validate(found), 1000)
+    aggregates.count_by_value(reader, TopQuery.model_validate({"field": "actor", **found}))
     assert plans.since().partitions == 1
+    planned = {**found, "outcome": "success"}
+    aggregates.count_events(reader, EventFilter.model_validate(planned), 1000)
+    assert plans.since().partitions == 1
+    aggregates.count_by_time(reader, HistogramQuery.model_validate({"interval": "day", **planned}))
+    assert plans.since().partitions == 1
+
+
+@pytest.mark.parametrize(("order", "months"), [("desc", 2), ("asc", MONTHS - 1)])
+@pytest.mark.parametrize(("filters", "step"), [({}, 1), ({"actor": ["busy"]}, 2)], ids=["all", "an actor"])
+def test_a_cursor_leaves_sealed_partitions_out_that_it_has_passed(
+    explained: tuple[Reader, Plans], filters: dict[str, Any], step: int, order: Any, months: int
+) -> None:
+    reader, plans = explained
+    wanted = EventListing.model_validate({"limit": 5, "order": order, **filters})
+    event_id = EVENTS_A_MONTH * 3 // 2  # in the second month
+    moment = datetime.fromisoformat(json.loads(lookup.read_event(reader, event_id))["timestamp"])
+    plans.since()
+    cursor = encode_cursor(wanted, (moment, event_id))
+    found = listing.list_events(reader, wanted.model_copy(update={"cursor": cursor})).events
+    assert plans.since().partitions == months
+    direction = step if order == "asc" else -step
+    assert [json.loads(each)["id"] for each in found] == [event_id + direction * number for number in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("filters", "index"),
+    [
+        ({}, "timestamp_id"),
+        ({"actor": ["busy", "rare"]}, "actor_timestamp_id"),
+        ({"event_type": ["late.0"]}, "event_type_timestamp_id"),
+        ({"tenant": "acme"}, "tenant_timestamp_id"),
+    ],
+    ids=str,
+)
+def test_what_one_index_holds_is_counted_in_it_alone(
+    explained: tuple[Reader, Plans], filters: dict[str, Any], index: str
+) -> None:
+    reader, plans = explained
+    found = {"start": days_ago(20).isoformat(), "end": days_ago(15).isoformat(), **filters}
+    count, _ = aggregates.count_events(reader, EventFilter.model_validate(found), 10_000)
+    assert count > 0
+    counted = plans.since()
     aggregates.count_by_time(reader, HistogramQuery.model_validate({"interval": "day", **found}))
-    ran = plans.since()
-    assert ran.partitions == 1
-    assert ran.rows < EVENTS_A_MONTH
+    for ran in (counted, plans.since()):
+        assert (ran.indexes, ran.kinds, ran.rows) == ({index}, {"Index Only Scan"}, count)
+
+
+@pytest.mark.parametrize(
+    ("filters", "indexes"),
+    [
+        ({"metadata": '{"rare": true}'}, {"metadata"}),
+        ({"actor": ["rar*"]}, {"actor_timestamp_id"}),
+        ({"actor": ["busy"], "event_type": ["rare"]}, {"event_type_timestamp_id", "actor_timestamp_id"}),
+    ],
+    ids=str,
+)
+def test_what_is_rare_is_counted_where_an_index_has_it(
+    explained: tuple[Reader, Plans], filters: dict[str, Any], indexes: set[str]
+) -> None:
+    reader, plans = explained
+    year = {"start": days_ago(365).isoformat(), "end": days_ago(-31).isoformat()}
+    aggregates.count_events(reader, EventFilter.model_validate(filters), 1000)
+    ran = [plans.since()]
+    aggregates.count_by_value(reader, TopQuery.model_validate({"field": "actor", **filters}))
+    ran.append(plans.since())
+    aggregates.count_by_time(reader, HistogramQuery.model_validate({"interval": "month", **filters, **year}))
+    for each in (*ran, plans.since()):
+        assert each.indexes & indexes
+        assert "none" not in each.indexes
+        assert each.rows <= 2 * 5 + 2 * MONTHS
 
 
 def test_an_id_leaves_sealed_partitions_out(explained: tuple[Reader, Plans]) -> None:
