@@ -193,6 +193,16 @@ def database(database_url: URL) -> Iterator[Database]:
     assert_ledger_consistent(database_url)
 
 
+@pytest.fixture(scope="module")
+def one_database_url(request: pytest.FixtureRequest) -> Iterator[URL]:
+    """A migrated database on a server of its own, on one release: for what takes minutes."""
+    name = request.config.getoption("--server") or ("debian15" if "debian15" in BINARIES else "embedded")
+    with running_cluster(BINARIES[name]) as cluster:
+        for server in _with_template(Server(cluster.url()), name):
+            with server.database(TEMPLATE) as url:
+                yield url
+
+
 @pytest.fixture
 def empty_database_url(server: Server) -> Iterator[URL]:
     """A database of the test's own with nothing in it."""
@@ -274,6 +284,14 @@ def client(_shared_service: tuple[httpx.Client, URL, FastAPI]) -> Iterator[httpx
     assert_ledger_consistent(url)
 
 
+def is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 @contextmanager
 def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
     """`python cli.py serve` on a free port; its standard output goes to the log file."""
@@ -291,7 +309,7 @@ def served(url: URL, log: Path, **variables: str) -> Iterator[httpx.Client]:
             [sys.executable, "cli.py", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            eventually(lambda: "Uvicorn running" in log.read_text() or process.poll() is not None)
+            eventually(lambda: is_listening(port) or process.poll() is not None)
             yield client
         finally:
             process.send_signal(signal.SIGTERM)

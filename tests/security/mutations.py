@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from random import Random
 from typing import Any
-from urllib.parse import quote_plus
+from urllib.parse import quote, quote_plus
 
 import corpus
 from conftest import API_KEY
@@ -225,7 +225,7 @@ def _pair(random: Random, name: str, value: str) -> bytes:
 def _spoilt_path(random: Random, number: int) -> Attempt:
     seed = random.choice([*corpus.READS, *corpus.WRITES, *corpus.ADMIN])
     request = _request(seed)
-    request.target = random.choice(corpus.PATHS).encode()
+    request.target = quote(random.choice(corpus.PATHS), safe="/%:*;=.").encode()
     if random.random() < 0.3:
         prefix = random.choice(["/events/", "/keys/", "/legal-holds/", "/"])
         request.target = (prefix + quote_plus(random.choice(corpus.TEXTS), errors="surrogatepass")[:4_000]).encode()
@@ -245,7 +245,7 @@ def _spoilt_method(random: Random, number: int) -> Attempt:
 
 
 def _spoilt_fields(random: Random, number: int) -> Attempt:
-    request = _request(random.choice([*corpus.READS, *corpus.WRITES, *corpus.ADMIN[:5]]))
+    request = _request(random.choice(corpus.WRITES * 4 + corpus.READS + corpus.ADMIN[:5]))
     for _ in range(random.choice([1, 1, 2, 4])):
         name = random.choice([*corpus.FIELDS, "Content-Type", "X-API-Key", "Authorization"])
         values = corpus.MEDIA_TYPES if name == "Content-Type" and random.random() < 0.7 else corpus.TEXTS
@@ -383,7 +383,9 @@ def _odd_chunks(random: Random, number: int) -> tuple[str, Framing, bytes]:
 
 
 def _flipped_wire(random: Random, number: int) -> tuple[str, Framing, bytes]:
-    return "flipped bytes", Framing.UNCLEAR, _flip(random, _posting(UNCLEAR_EVENT, number).whole())
+    request = _posting(UNCLEAR_EVENT, number)
+    head = request.head(b"Content-Length: %d" % len(request.body))
+    return "flipped bytes", Framing.UNCLEAR, _flip(random, head) + request.body
 
 
 def _noise(random: Random, number: int) -> tuple[str, Framing, bytes]:
