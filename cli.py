@@ -225,6 +225,7 @@ def _add_ledger_commands(parser: ArgumentParser) -> None:
     keygen = actions.add_parser("keygen", help="make the pair of keys with which checkpoints are signed and verified")
     keygen.add_argument("--origin", help="the log's name, like audit.example.com/log; LEDGER_ORIGIN where left out")
     keygen.set_defaults(run=_on_keygen)
+    verify.add_prove_arguments(actions.add_parser("prove", help="print the proofs of an export's events"))
     actions.add_parser("adopt", help="vouch for the rows from before the ledger").set_defaults(run=_on_adoption)
     request = actions.add_parser("cosign-request", help="print what a witness is asked to sign")
     cosign = actions.add_parser("cosign", help="keep what a witness signed, and serve it")

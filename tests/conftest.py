@@ -321,7 +321,8 @@ def run_cli(url: URL, *arguments: str, **variables: str) -> tuple[int, list[str]
     environment = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False), **variables}
     command = [sys.executable, "cli.py", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return result.returncode, result.stdout.splitlines(), result.stderr
+    # Lines end at LF only: JSON may hold other line breaks.
+    return result.returncode, result.stdout.removesuffix("\n").split("\n") if result.stdout else [], result.stderr
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -409,7 +409,9 @@ def test_when_a_key_was_used_last_is_written_to_the_minute(database_url: URL) ->
     assert_ledger_consistent(database_url)
 
 
-@pytest.mark.parametrize("key_id", ["4fJ0sZq81Kx", "4fJ0sZq81KxWx", "4fJ0sZq81KxW%0A", "%0A4fJ0sZq81KxW", "4fJ0sZq81Kx_"])
+@pytest.mark.parametrize(
+    "key_id", ["4fJ0sZq81Kx", "4fJ0sZq81KxWx", "4fJ0sZq81KxW%0A", "%0A4fJ0sZq81KxW", "4fJ0sZq81Kx_"]
+)
 def test_an_id_of_another_form_is_named(client: httpx.Client, key_id: str) -> None:
     answer = client.delete(f"/keys/{key_id}")
     assert (answer.status_code, answer.json()["errors"][0]["location"]) == (422, "path.key_id")

@@ -14,7 +14,7 @@ from main import app
 LAYERS = [
     {"cli"},
     {"verifier.command"},
-    {"verifier.database"},
+    {"verifier.database", "verifier.export"},
     {"verifier.adopted", "verifier.ranges", "verifier.remote"},
     {"verifier.records", "verifier.swaps"},
     {"verifier.rows"},

@@ -16,10 +16,15 @@ from ledger.notes import NoteError, Verifier, open_checkpoint, parse_note, parse
 from problems import Problem
 from proofs.sink import FileSink
 from verifier.database import Verdict, verify_database
+from verifier.differences import Difference
+from verifier.export import NoExport, proofs_of, verify_export
 from verifier.promises import Promise
 from verifier.remote import RemoteError, verify_remote
 
 _MOST_LINES = 20  # of what differs
+
+
+_Way = Callable[[Settings, Namespace, Verifier | None], int]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,22 +32,49 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint that you kept")
     parser.add_argument("--url", help="verify from outside, over HTTP: needs --key, and goes on from --checkpoint")
     parser.add_argument("--all", action="store_true", help="with --url: what was verified before, too")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="verify an NDJSON export offline: needs --key, --proofs"
+    )
+    parser.add_argument("--proofs", type=Path, metavar="FILE", help="what `ledger prove` printed for it")
     parser.add_argument("--jobs", type=int, help="processes that read the database (as many as there are cores)")
     parser.set_defaults(run=verify)
 
 
+def add_prove_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="where the service is")
+    parser.add_argument("--export", type=Path, required=True, metavar="FILE", help="an NDJSON export, gzip or not")
+    parser.set_defaults(run=prove)
+
+
 def verify(settings: Settings, arguments: Namespace) -> int:
     """Verify the log in the way that the arguments name."""
+    way: _Way = _verify_database if arguments.url is None else _verify_remote
+    if arguments.export is not None:
+        way = _verify_export
     try:
-        key = None if arguments.key is None else parse_verifier(arguments.key)
-        if arguments.url is not None:
-            return _verify_remote(settings, arguments, key)
-        return _verify_database(settings, arguments, key)
-    except (NoteError, RemoteError, OSError) as error:
+        return way(settings, arguments, None if arguments.key is None else parse_verifier(arguments.key))
+    except (NoteError, RemoteError, NoExport, OSError) as error:
         print(f"audit-service: {error}", file=sys.stderr)
     except Problem as problem:
         print(f"audit-service: {problem.detail}", file=sys.stderr)
     return 2
+
+
+def prove(settings: Settings, arguments: Namespace) -> int:
+    """`ledger prove`: print the proofs of an export's events."""
+
+    async def print_proofs() -> None:
+        with tqdm(unit=" proofs", desc="proving") as progress:
+            async for line in proofs_of(arguments.url, api_key_in_force(settings), arguments.export):
+                sys.stdout.buffer.write(line)
+                progress.update(1)
+
+    try:
+        asyncio.run(print_proofs())
+    except (RemoteError, NoExport, OSError) as error:
+        print(f"audit-service: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _verify_database(settings: Settings, arguments: Namespace, key: Verifier | None) -> int:
@@ -50,9 +82,7 @@ def _verify_database(settings: Settings, arguments: Namespace, key: Verifier | N
     with open_database(settings) as database, tqdm(unit=" events", desc="verifying") as progress:
         verdict = verify_database(database.url, kept, _progress(progress), key, arguments.jobs)
     _describe(verdict, key)
-    complaints = [*map(str, verdict.differences[:_MOST_LINES]), *verdict.complaints]
-    if len(verdict.differences) > _MOST_LINES:
-        complaints.append(f"… and {len(verdict.differences) - _MOST_LINES} more.")
+    complaints = [*_first_of(verdict.differences), *verdict.complaints]
     first = f" The first wrong event is {verdict.differences[0].first_id}." if verdict.differences else ""
     return conclude(complaints, first, _basis(kept))
 
@@ -76,10 +106,29 @@ def _verify_remote(settings: Settings, arguments: Namespace, key: Verifier | Non
         print(f"Entries below leaf {seen.pruned} are pruned: their hashes are in the tree.")
     basis = f"Nothing was known of this log: its checkpoint is trusted from now on, in {arguments.checkpoint}."
     if old is not None:
-        basis = f"It begins with the {old.size} events of the checkpoint that you had. {arguments.checkpoint} has the new one."
+        basis = f"It begins with the {old.size} events of the checkpoint that you had; {arguments.checkpoint} is new."
     if not seen.complaints:
         sink.write(seen.note)
     return conclude(seen.complaints, "", basis)
+
+
+def _verify_export(_: Settings, arguments: Namespace, key: Verifier | None) -> int:
+    if key is None or arguments.proofs is None:
+        raise ConfigurationError("verify --export: needs --key, and --proofs: the file that `ledger prove` printed")
+    with tqdm(unit=" events", desc="verifying") as progress:
+        proved = verify_export(arguments.export, arguments.proofs, key, progress.update)
+    print(f"{proved.count} events, {proved.redacted} of them redacted; the largest tree has {proved.largest} leaves")
+    complaints = _first_of(proved.differences)
+    if not proved.is_complete:
+        complaints.append("The export is cut: it lacks the last line, which says how many events it has.")
+    return conclude(complaints, "", "What is not in the export, for instance because of its filters, it does not show.")
+
+
+def _first_of(differences: Sequence[Difference]) -> list[str]:
+    lines = [str(difference) for difference in differences[:_MOST_LINES]]
+    if len(differences) > _MOST_LINES:
+        lines.append(f"… and {len(differences) - _MOST_LINES} more.")
+    return lines
 
 
 def _progress(bar: "tqdm[NoReturn]") -> Callable[[int, int], object]:
