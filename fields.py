@@ -7,7 +7,15 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, PlainSerializer, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 from ledger.entries import format_timestamp
 
@@ -128,8 +136,16 @@ EventId = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
 Text255 = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_refuse_nul)]
 Text1024 = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_refuse_nul)]
 TraceId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
-IpAddress = Annotated[str, AfterValidator(_normalise_ip)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
+IpAddress = Annotated[
+    str,
+    AfterValidator(_normalise_ip),
+    WithJsonSchema({"anyOf": [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]}),
+]
+Metadata = Annotated[
+    dict[str, Any],
+    AfterValidator(_check_metadata),
+    WithJsonSchema({"type": "object", "maxProperties": MAX_METADATA_KEYS}),
+]
 Outcome = Literal["success", "failure", "denied", "unknown"]
 IpNetwork = Annotated[str, AfterValidator(_normalise_network)]
 Pattern = Annotated[

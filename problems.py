@@ -44,6 +44,7 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 logger = logging.getLogger("audit.problems")
 
@@ -348,7 +349,18 @@ async def _handle_problem(request: Request, problem: Problem) -> Response:
 async def _handle_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no route, or a route without that method."""
     refusals: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
-    return respond(request, refusals.get(error.status_code, BadRequest)(), error.headers)
+    headers = {"Allow": ", ".join(_methods_of(request))} if error.status_code == 405 else error.headers
+    return respond(request, refusals.get(error.status_code, BadRequest)(), headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All that the path answers (RFC 9110 section 15.5.6); Starlette names those of the first route that fits."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

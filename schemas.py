@@ -208,13 +208,21 @@ class Top(BaseModel):
     values: list[ValueCount]
 
 
+def _names(member: str) -> dict[str, Any]:
+    """In JSON Schema: the member is there, and is not null."""
+    return {"required": [member], "properties": {member: {"not": {"type": "null"}}}}
+
+
 class LegalHoldIn(BaseModel):
     """Whose events to keep: those that match all of tenant, actor and resource which are given."""
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
-        json_schema_extra={"examples": [{"actor": "alice", "reason": "Case 2026-117"}]},
+        json_schema_extra={
+            "examples": [{"actor": "alice", "reason": "Case 2026-117"}],
+            "anyOf": [_names("tenant"), _names("actor"), _names("resource")],
+        },
     )
 
     tenant: Text255 | None = None
@@ -267,7 +275,12 @@ class RedactionIn(BaseModel):
     """Whose personal data to erase: that of all events of an actor, or of single events."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"actor": "alice", "reason": "Request 2026-31"}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [{"actor": "alice", "reason": "Request 2026-31"}],
+            "oneOf": [_names("actor"), _names("ids")],
+        },
     )
 
     actor: Text255 | None = Field(None, description="The person: every event that has it as its actor")

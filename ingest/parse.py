@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from problems import InvalidFields, MalformedBody, field_errors
 from schemas import EventIn
@@ -39,6 +40,14 @@ def event_from_members(members: dict[str, Any], names: Mapping[str, str], *locat
     """An event from parsed members; `names` turns a field's name into the one that the client knows."""
     with _named_errors(*location, names=names):
         return EventIn.model_validate(members)
+
+
+def parse_json(body: bytes) -> Any:
+    """Any JSON, as strict as that of events: UTF-8 only, no lone surrogates, 200 levels. Raises MalformedBody."""
+    try:
+        return from_json(body)
+    except ValueError as error:
+        raise MalformedBody(f"body: {error}") from None
 
 
 @contextmanager

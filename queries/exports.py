@@ -36,7 +36,8 @@ class Exports:
         self._count(1)
         try:
             oldest, newest = await self._reader.scan(read_bounds)
-            after = oldest - 1 if query.after is None else query.after
+            # From the oldest on, for to look through all the ids before it may take for ever.
+            after = oldest - 1 if query.after is None else max(query.after, oldest - 1)
             snapshot = newest if query.snapshot is None else query.snapshot
             selection = Selection(query, CSV_LINE if query.format == "csv" else NDJSON_LINE, snapshot)
             pages = read_pages(self._reader.seen_by(tenant), selection, after)

@@ -13,9 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from auth import admit
-from problems import BadRequest, BodyTooLarge
+from ingest.parse import parse_json
+from problems import BadRequest, BodyTooLarge, MalformedBody, responses
 
 MAX_BODY_BYTES = 1024 * 1024
+
+BODY_PROBLEMS = responses(MalformedBody, BodyTooLarge)
 
 Headers = dict[bytes, bytes]  # names in lower case; of a repeated one the last counts
 Room = Callable[[int], None]  # see Writer.room()
@@ -38,6 +41,7 @@ class BoundedRoute(APIRoute):
                     body = await read_body(headers, request.receive, room, MAX_BODY_BYTES)
                 except ClientDisconnect:
                     raise BadRequest("The body is not whole.") from None
+                parse_json(body)  # FastAPI would take UTF-16 too, and has three answers to what is no JSON
                 return await answer(Request(request.scope, _again(body)))
 
         return answer_bounded

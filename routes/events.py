@@ -61,27 +61,34 @@ router = APIRouter(
 )
 
 _EVENT_SCHEMA = EventIn.model_json_schema()
-_CLOUDEVENT_SCHEMA: dict[str, Any] = {"type": "object", "description": "A CloudEvent 1.0 with the extension actor"}
+_SIZE = {"minItems": 1, "maxItems": MAX_BATCH_EVENTS}
 _EVENT_BODY = {
     "required": True,
     "content": {
         "application/json": {"schema": _EVENT_SCHEMA},
-        cloudevents.STRUCTURED: {"schema": _CLOUDEVENT_SCHEMA},
-        cloudevents.BATCH: {"schema": {"type": "array", "items": _CLOUDEVENT_SCHEMA}},
+        cloudevents.STRUCTURED: {"schema": cloudevents.SCHEMA},
+        cloudevents.BATCH: {"schema": {"type": "array", **_SIZE, "items": cloudevents.SCHEMA}},
     },
 }
 _BATCH_BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": {"type": "array", "maxItems": MAX_BATCH_EVENTS, "items": _EVENT_SCHEMA}},
+        "application/json": {"schema": {"type": "array", **_SIZE, "items": _EVENT_SCHEMA}},
         "application/x-ndjson": {"schema": {"type": "string", "description": "One event a line"}},
     },
+}
+_REPLAYED: dict[int | str, dict[str, Any]] = {
+    200: {"model": Event, "description": "The idempotency key is known: the event that it stands for"}
 }
 _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, UnsupportedMediaType)
 
 
 @router.post(
-    "", status_code=201, response_model=Event, openapi_extra={"requestBody": _EVENT_BODY}, responses=_WRITE_PROBLEMS
+    "",
+    status_code=201,
+    response_model=Event | BatchReceipt,
+    openapi_extra={"requestBody": _EVENT_BODY},
+    responses={**_REPLAYED, **_WRITE_PROBLEMS},
 )
 def create_event(caller: Writing) -> None:
     """Append one event, or a CloudEvents batch. 201 means that it is committed.

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from auth import Admin
 from housekeeping import holds
 from problems import Forbidden, HoldNotFound, InvalidFields, Unauthorized, Unavailable, responses
-from routes.bodies import BoundedRoute
+from routes.bodies import BODY_PROBLEMS, BoundedRoute
 from schemas import LegalHold, LegalHoldFilter, LegalHoldIn, LegalHoldPage
 
 router = APIRouter(
@@ -20,7 +20,7 @@ router = APIRouter(
 HoldId = Annotated[int, Path(ge=1, lt=2**63)]
 
 
-@router.post("", status_code=201, response_model=LegalHold)
+@router.post("", status_code=201, response_model=LegalHold, responses=BODY_PROBLEMS)
 def place_hold(request: Request, response: Response, caller: Admin, wanted: LegalHoldIn) -> Any:
     """Keep the events that it names from retention, until it is released. Recorded as `audit.hold.place`."""
     wanted.tenant = caller.narrow_tenant(wanted.tenant, "body.tenant")

@@ -8,7 +8,7 @@ from auth import Admin, Key
 from fields import KeyId
 from keys import store
 from problems import Forbidden, InvalidFields, KeyNotFound, Unauthorized, Unavailable, responses
-from routes.bodies import BoundedRoute
+from routes.bodies import BODY_PROBLEMS, BoundedRoute
 from schemas import ApiKey, ApiKeyFilter, ApiKeyIn, ApiKeyPage, NewApiKey
 
 router = APIRouter(
@@ -19,7 +19,7 @@ router = APIRouter(
 )
 
 
-@router.post("", status_code=201, response_model=NewApiKey)
+@router.post("", status_code=201, response_model=NewApiKey, responses=BODY_PROBLEMS)
 def create_key(request: Request, caller: Admin, wanted: ApiKeyIn) -> Any:
     """Make a key, which is shown in this answer only. Recorded as `audit.key.create`."""
     wanted.tenant = caller.narrow_tenant(wanted.tenant, "body.tenant")

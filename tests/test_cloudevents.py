@@ -126,3 +126,12 @@ def test_json_that_a_plain_event_may_not_be_is_refused_too(client: httpx.Client,
     body = b"[" + body + b"]" if "batch" in media_type else body
     response = client.post("/events", content=body, headers={"Content-Type": media_type})
     assert (response.status_code, response.json()["type"]) == (400, "urn:audit:problem:malformed-body")
+
+
+@pytest.mark.parametrize("name", ["datacontenttype", "dataschema", "traceparent"])
+def test_what_is_not_kept_must_be_what_it_says_all_the_same(client: httpx.Client, name: str) -> None:
+    event = {"specversion": "1.0", "id": "1", "source": "shop", "type": "order.create", "actor": "alice"}
+    headers = {"Content-Type": "application/cloudevents+json"}
+    refused = client.post("/events", json={**event, name: 7}, headers=headers)
+    assert (refused.status_code, refused.json()["errors"][0]["location"]) == (422, f"body.{name}")
+    assert client.post("/events", json={**event, name: None}, headers=headers).status_code == 201

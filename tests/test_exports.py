@@ -327,3 +327,8 @@ def test_an_export_takes_the_same_memory_whatever_its_size(database_url: URL, tm
             size = sum(map(len, response.iter_raw()))
         assert size > 60_000_000
         assert process.memory_info().rss - before < 20_000_000
+
+
+def test_an_export_from_far_below_the_oldest_event_begins_with_that(client: httpx.Client) -> None:
+    post_all(client, [LOGIN] * 3)
+    assert len(export_lines(client, after=-(2**63) + 1)) == 4
