@@ -127,3 +127,20 @@ def test_openapi_has_examples_and_both_kinds_of_key() -> None:
     assert set(post["responses"]) >= {"201", "400", "401", "413", "415", "422", "503"}
     assert document["components"]["schemas"]["Event"]["examples"]
     assert {scheme["type"] for scheme in document["components"]["securitySchemes"].values()} == {"apiKey", "http"}
+
+
+@pytest.mark.parametrize("document", ["docs/security.md", "docs/threat-model.md"])
+def test_every_test_that_the_documents_name_exists(document: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / document).read_text())
+    assert named
+    assert [
+        (path, test)
+        for path, test in named
+        if not (ROOT / path).is_file() or (test and f"def {test}(" not in (ROOT / path).read_text())
+    ] == []
+
+
+def test_every_attack_names_its_test() -> None:
+    rows = [line for line in (ROOT / "docs/threat-model.md").read_text().splitlines() if line.startswith("| ")]
+    titles = ("| attack", "| who ", "| ---")
+    assert [row for row in rows if "`tests/" not in row and not row.startswith(titles)] == []
