@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -77,6 +78,10 @@ SCRUBBED = (
     "TRUSTED_PROXIES",
     "WORKERS",
 )
+
+# How long an example takes is the machine's affair, which is shared: a property fails for what it finds only.
+hypothesis.settings.register_profile("audit", deadline=None)
+hypothesis.settings.load_profile("audit")
 
 BINARIES = {"embedded": embedded_binaries()}
 if (debian_15 := Path("/usr/lib/postgresql/15/bin")).is_dir():

@@ -82,7 +82,7 @@ def test_go_rejects_another_key(program: Path, log: tuple[URL, httpx.Client]) ->
         ("DELETE FROM audit_events WHERE id = 300", "404"),
         (
             "UPDATE ledger_tiles SET hashes = decode(repeat('00', 8192), 'hex') WHERE tile_index = 1",
-            "inconsistent tile",
+            "of leaf 256",
         ),
         ("UPDATE ledger_tiles SET root = sha256('x') WHERE tile_index = 1", "inconsistent tile"),
     ],
