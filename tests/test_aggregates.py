@@ -91,7 +91,7 @@ def test_two_thousand_buckets_are_the_most(client: httpx.Client, interval: str, 
 _moments = st.datetimes(datetime(1880, 1, 1), datetime(2026, 1, 1), timezones=st.just(UTC)).map(datetime.isoformat)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     moments=st.lists(_moments, min_size=1, max_size=20),
     zone=st.sampled_from(["UTC", "America/Sao_Paulo", "Australia/Lord_Howe", "Africa/Monrovia", "Pacific/Apia"]),

@@ -183,7 +183,7 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(event_type=_texts, actor=_texts, metadata=st.dictionaries(_texts, _json, max_size=3))
 def test_any_valid_text_and_metadata_survive_the_round_trip(
     client: httpx.Client, event_type: str, actor: str, metadata: dict[str, Any]

@@ -104,7 +104,7 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actor=_texts | _formulas, resource=_texts | _formulas, metadata=st.dictionaries(_texts, _json, max_size=3))
 def test_any_text_and_metadata_come_out_of_both_formats_as_get_shows_them(
     client: httpx.Client, actor: str, resource: str, metadata: dict[str, Any]

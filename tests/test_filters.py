@@ -125,7 +125,7 @@ def short_walks() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(events, min_size=1, max_size=40), asked=st.lists(filters, min_size=1, max_size=6), data=st.data())
 def test_what_is_listed_is_what_the_filters_mean(
     client: httpx.Client, batch: list[Event], asked: list[Filters], data: st.DataObject

@@ -296,7 +296,7 @@ _events = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_events, min_size=1, max_size=8))
 def test_whatever_is_stored_gives_the_same_hashes_when_it_is_read_back(
     client: httpx.Client, events: list[dict[str, Any]]

@@ -71,7 +71,7 @@ def test_roots_are_those_of_the_published_vectors(database_url: URL) -> None:
 
 
 def test_any_sequence_of_flushes_gives_the_root_of_a_naive_tree(database_url: URL) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.integers(1, 50), min_size=1, max_size=5))  # a full tile would need the rows of its leaves
     def check(flushes: list[int]) -> None:
         hashes: list[bytes] = []
@@ -123,7 +123,7 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(_json)
 def test_canonical_json_is_rfc_8785_over_the_whole_input_space(value: Any) -> None:
     assert entries.canonical_json(value) == rfc8785.dumps(value)

@@ -147,7 +147,7 @@ _filters = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(_events, min_size=1, max_size=12), filters=st.lists(_filters, min_size=1, max_size=4))
 def test_live_and_afterwards_a_filter_means_what_it_means_in_a_list(
     client: httpx.Client, events: list[dict[str, Any]], filters: list[dict[str, Any]]

@@ -72,7 +72,7 @@ def tenants_in(events: list[dict[str, Any]]) -> set[str | None]:
     return {event["tenant"] for event in events}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries({}, optional=FILTERS))
 def test_whatever_is_asked_every_read_answers_for_the_keys_own_tenant(
     filled: httpx.Client, acme: dict[str, str], params: dict[str, Any]

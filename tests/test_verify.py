@@ -174,7 +174,7 @@ def test_any_row_has_the_leaf_that_another_encoder_gives_it(database_url: URL) -
     connection.cursor().execute(SESSION)
     connection.commit()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(st.lists(ROWS, min_size=1, max_size=5), st.booleans())
     def hashes_agree(rows: list[dict[str, Any]], are_committed_to: bool) -> None:
         with connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:

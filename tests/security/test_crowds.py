@@ -48,7 +48,7 @@ def crowd(port: int, slow: int, idle: int) -> Iterator[None]:
             return int(stdout.readline())
 
         try:
-            eventually(lambda: count() > (slow + idle) * 0.9)
+            eventually(lambda: count() > (slow + idle) * 0.9, seconds=180)
             yield
             assert count() > (slow + idle) * 0.9
         finally:
