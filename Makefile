@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := edge housekeeping ingest keys ledger proofs queries routes verifier
 
-.PHONY: run test test-faults test-security sbom bench-ingest bench-ledger bench-query lint clean
+.PHONY: run test test-faults test-security audit sbom bench-ingest bench-ledger bench-query lint clean
 
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
@@ -16,6 +17,13 @@ test-faults: $(VENV)/dev.installed ## a hundred kills, freezes, cuts and full di
 
 test-security: $(VENV)/dev.installed ## requests that nobody should send, 200,000 of them; ARGS="--seed N" for others
 	$(BIN)/pytest tests/security -m security -s $(ARGS)
+
+# Landed migrations are not edited, and ruff has looked at their SQL (S608, S610).
+audit: $(VENV)/dev.installed ## mistakes of security in the code, and licences and known holes of what it is made of
+	$(BIN)/bandit --quiet --severity-level medium --recursive $(PACKAGES) *.py
+	$(BIN)/pip-licenses --from=mixed --packages $(shell grep -oE '^[a-z0-9-]+' requirements.txt) --partial-match \
+		--allow-only='MIT;BSD;Apache;PSF;MPL;Mozilla;LGPL'
+	$(BIN)/pip-audit --requirement requirements.txt --no-deps --disable-pip
 
 sbom: $(VENV)/dev.installed ## sbom.json: what the service is made of, in CycloneDX
 	$(BIN)/cyclonedx-py requirements requirements.txt --output-reproducible --of JSON -o sbom.json
