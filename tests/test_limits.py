@@ -1,10 +1,7 @@
 """How much a key may ask for, and how often an address may be wrong."""
 
-import ssl
-import subprocess
 from pathlib import Path
 
-import httpx
 import pytest
 from conftest import API_KEY, served
 from sqlalchemy.engine import URL
@@ -89,29 +86,3 @@ def test_without_a_trusted_proxy_nobody_names_another_address(database_url: URL,
         ]
     assert statuses[0] == 401
     assert statuses[-1] == 429
-
-
-def test_it_speaks_tls_where_it_has_a_certificate(database_url: URL, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    variables = {"TLS_CERT_FILE": str(certificate), "TLS_KEY_FILE": str(key)}
-    with served(database_url, tmp_path / "log", **variables) as client:
-        url = str(client.base_url).replace("http:", "https:")
-        transport = httpx.HTTPTransport(verify=ssl.create_default_context(cafile=certificate), retries=5)
-        with httpx.Client(transport=transport, headers={"X-API-Key": API_KEY}) as secure:
-            assert secure.post(f"{url}/events", json=LOGIN).status_code == 201
-        with pytest.raises(httpx.TransportError):
-            client.get("/health")
