@@ -41,7 +41,8 @@ class BoundedRoute(APIRoute):
                     body = await read_body(headers, request.receive, room, MAX_BODY_BYTES)
                 except ClientDisconnect:
                     raise BadRequest("The body is not whole.") from None
-                parse_json(body)  # FastAPI would take UTF-16 too, and has three answers to what is no JSON
+                if body:  # of none, FastAPI says which fields are missing, once it knows that the caller may
+                    parse_json(body)  # FastAPI would take UTF-16 too, and has three answers to what is no JSON
                 return await answer(Request(request.scope, _again(body)))
 
         return answer_bounded
