@@ -80,7 +80,7 @@ SCRUBBED = (
 )
 
 # How long an example takes is the machine's affair, which is shared: a property fails for what it finds only.
-hypothesis.settings.register_profile("audit")
+hypothesis.settings.register_profile("audit", deadline=None)
 hypothesis.settings.load_profile("audit")
 
 BINARIES = {"embedded": embedded_binaries()}
