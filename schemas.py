@@ -31,7 +31,7 @@ MAX_EVENT_BYTES = 65_535  # the bound of one entry in a C2SP tlog-tiles bundle (
 MAX_ID = 2**63 - 1
 SCOPES = get_args(Scope)
 
-_EVENT_EXAMPLE: dict[str, Any] = {
+EVENT_EXAMPLE: dict[str, Any] = {
     "event_type": "order.create",
     "actor": "alice",
     "timestamp": "2026-11-24T09:30:00.000000Z",
@@ -43,13 +43,12 @@ _EVENT_EXAMPLE: dict[str, Any] = {
     "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
     "metadata": {"amount": 99.5, "currency": "EUR"},
 }
-_STORED_EXAMPLE = {"id": 1, **_EVENT_EXAMPLE, "recorded_at": "2026-11-24T09:30:00.012345Z", "redacted_at": None}
 
 
 class EventIn(BaseModel):
     """An event as a client sends it: who did what, and optionally when, to what, from where."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [_EVENT_EXAMPLE]})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EVENT_EXAMPLE]})
 
     event_type: Text255 = Field(description="What happened, like LOGIN or order.create")
     actor: Text255 = Field(description="Who did it: a user or a service")
@@ -75,7 +74,7 @@ class EventIn(BaseModel):
 class Event(BaseModel):
     """An event as it stands in the log."""
 
-    model_config = ConfigDict(from_attributes=True, json_schema_extra={"examples": [_STORED_EXAMPLE]})
+    model_config = ConfigDict(from_attributes=True)
 
     id: int = Field(description="Position in the log: 1, 2, 3 … in the order of commits")
     event_type: str
@@ -172,8 +171,6 @@ class TopQuery(EventFilter):
 
 class Count(BaseModel):
     """How many events there are."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"count": 1234, "capped": False}]})
 
     count: int
     capped: bool = Field(description="Whether there are more: counting stops at COUNT_LIMIT")
@@ -343,26 +340,7 @@ class ApiKeyIn(BaseModel):
 class ApiKey(BaseModel):
     """A key, without its secret."""
 
-    model_config = ConfigDict(
-        from_attributes=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "id": "4fJ0sZq81KxW",
-                    "name": "shop",
-                    "scopes": ["write"],
-                    "tenant": "acme",
-                    "event_types": ["order.", "LOGIN"],
-                    "expires_at": None,
-                    "created_by": "root",
-                    "created_at": "2026-11-24T09:30:00.000000Z",
-                    "revoked_by": None,
-                    "revoked_at": None,
-                    "last_used_at": "2026-11-24T10:02:00.000000Z",
-                }
-            ]
-        },
-    )
+    model_config = ConfigDict(from_attributes=True)
 
     id: str
     name: str
@@ -379,8 +357,6 @@ class ApiKey(BaseModel):
 
 class NewApiKey(ApiKey):
     """A key that was just made."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": []})
 
     key: str = Field(description="What to send as `X-API-Key`. Shown this once: the service keeps a digest only")
 

@@ -24,6 +24,8 @@ from problems import (
 )
 from queries import aggregates, listing, lookup
 from queries.reader import Reader
+from routes import examples
+from routes.examples import answer
 from routes.writes import MAX_BATCH_EVENTS
 from schemas import (
     MAX_ID,
@@ -78,7 +80,11 @@ _BATCH_BODY = {
     },
 }
 _REPLAYED: dict[int | str, dict[str, Any]] = {
-    200: {"model": Event, "description": "The idempotency key is known: the event that it stands for"}
+    200: {
+        "model": Event,
+        "description": "The idempotency key is known: the event that it stands for",
+        "content": {"application/json": {"example": examples.EVENT}},
+    }
 }
 _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, UnsupportedMediaType)
 
@@ -88,7 +94,7 @@ _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, Un
     status_code=201,
     response_model=Event | BatchReceipt,
     openapi_extra={"requestBody": _EVENT_BODY},
-    responses={**_REPLAYED, **_WRITE_PROBLEMS},
+    responses=_REPLAYED | _WRITE_PROBLEMS | answer(examples.EVENT, 201),
 )
 def create_event(caller: Writing) -> None:
     """Append one event, or a CloudEvents batch. 201 means that it is committed.
@@ -103,14 +109,14 @@ def create_event(caller: Writing) -> None:
     status_code=201,
     response_model=BatchReceipt,
     openapi_extra={"requestBody": _BATCH_BODY},
-    responses=_WRITE_PROBLEMS,
+    responses=_WRITE_PROBLEMS | answer(examples.RECEIPT, 201),
 )
 def create_events(caller: Writing) -> None:
     """Append up to 10,000 events, all or none, from a JSON array or NDJSON."""
     # For OpenAPI: routes/writes.py answers before the router is asked.
 
 
-@router.get("", response_model=EventPage, responses=responses(BadRequest))
+@router.get("", response_model=EventPage, responses=responses(BadRequest) | answer(examples.EVENTS))
 def list_events(request: Request, caller: Reading, wanted: Annotated[EventListing, Query()]) -> Response:
     """Events, newest first. All filters hold together; follow `next_cursor` for more."""
     wanted = caller.narrow(wanted)
@@ -123,7 +129,7 @@ def list_events(request: Request, caller: Reading, wanted: Annotated[EventListin
     return _json(body, {"Link": f'<{following.path}?{following.query}>; rel="next"'})
 
 
-@router.get("/count")
+@router.get("/count", responses=answer(examples.COUNT))
 def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
     """How many events there are, counted up to `COUNT_LIMIT`."""
     wanted, limit = caller.narrow(wanted), request.app.state.settings.count_limit
@@ -132,7 +138,7 @@ def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilte
     return Count(count=count, capped=capped)
 
 
-@router.get("/histogram", response_model=Histogram)
+@router.get("/histogram", response_model=Histogram, responses=answer(examples.HISTOGRAM))
 def count_by_time(request: Request, caller: Reading, wanted: Annotated[HistogramQuery, Query()]) -> Response:
     """How many events there are in each minute, hour, day, week or month of a time zone, at most 2,000 of them.
 
@@ -145,7 +151,7 @@ def count_by_time(request: Request, caller: Reading, wanted: Annotated[Histogram
     return _json(f'{{{head},"buckets":[{",".join(bucket.json for bucket in buckets)}]}}')
 
 
-@router.get("/top", response_model=Top)
+@router.get("/top", response_model=Top, responses=answer(examples.TOP))
 def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery, Query()]) -> Any:
     """The most frequent values of a field. Events without the field do not count."""
     wanted = caller.narrow(wanted)
@@ -154,7 +160,7 @@ def count_by_value(request: Request, caller: Reading, wanted: Annotated[TopQuery
     return {"field": wanted.field, "values": [row._mapping for row in values]}
 
 
-@router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound))
+@router.get("/{event_id}", response_model=Event, responses=responses(EventNotFound) | answer(examples.EVENT))
 def get_event(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Response:
     """One event by its id."""
     event = lookup.read_event(request.app.state.reader, event_id, caller.tenant)

@@ -10,6 +10,7 @@ from ingest.reads import ReadLog
 from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
 from queries.exports import Exports, accepts_gzip
 from queries.stream import Feed
+from routes import examples
 from routes.events import refuse_repetition
 from routes.streamed import Streamed
 from schemas import MAX_ID, EventFilter, ExportQuery
@@ -24,14 +25,17 @@ router = APIRouter(
 _EXPORT_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The events, and a last line that says that they are all",
-        "content": {name: {"schema": {"type": "string"}} for name in ("application/x-ndjson", "text/csv")},
+        "content": {
+            "application/x-ndjson": {"schema": {"type": "string"}, "example": examples.EXPORT_NDJSON},
+            "text/csv": {"schema": {"type": "string"}, "example": examples.EXPORT_CSV},
+        },
         "headers": {"Audit-Snapshot": {"schema": {"type": "integer"}, "description": "The newest event's id"}},
     }
 }
 _STREAM_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Each event as `id:`, its id, and `data:`, its JSON",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": examples.STREAM}},
     }
 }
 MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}

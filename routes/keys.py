@@ -8,7 +8,9 @@ from auth import Admin, Key
 from fields import KeyId
 from keys import store
 from problems import Forbidden, InvalidFields, KeyNotFound, Unauthorized, Unavailable, responses
+from routes import examples
 from routes.bodies import BODY_PROBLEMS, BoundedRoute
+from routes.examples import answer
 from schemas import ApiKey, ApiKeyFilter, ApiKeyIn, ApiKeyPage, NewApiKey
 
 router = APIRouter(
@@ -19,7 +21,7 @@ router = APIRouter(
 )
 
 
-@router.post("", status_code=201, response_model=NewApiKey, responses=BODY_PROBLEMS)
+@router.post("", status_code=201, response_model=NewApiKey, responses=BODY_PROBLEMS | answer(examples.NEW_KEY, 201))
 def create_key(request: Request, caller: Admin, wanted: ApiKeyIn) -> Any:
     """Make a key, which is shown in this answer only. Recorded as `audit.key.create`."""
     wanted.tenant = caller.narrow_tenant(wanted.tenant, "body.tenant")
@@ -27,14 +29,14 @@ def create_key(request: Request, caller: Admin, wanted: ApiKeyIn) -> Any:
     return store.create_key(request.app.state.database, wanted, caller.name)
 
 
-@router.get("", response_model=ApiKeyPage)
+@router.get("", response_model=ApiKeyPage, responses=answer(examples.KEYS))
 def list_keys(request: Request, caller: Admin, wanted: Annotated[ApiKeyFilter, Query()]) -> Any:
     """Keys by their ids, without their secrets, revoked and expired ones too; follow `next_after` for more."""
     wanted.tenant = caller.narrow_tenant(wanted.tenant, "query.tenant")
     return store.list_keys(request.app.state.database, wanted)
 
 
-@router.delete("/{key_id}", response_model=ApiKey, responses=responses(KeyNotFound))
+@router.delete("/{key_id}", response_model=ApiKey, responses=responses(KeyNotFound) | answer(examples.REVOKED_KEY))
 def revoke_key(request: Request, caller: Admin, key_id: KeyId) -> Any:
     """Revoke a key: every replica refuses it within 5 s. It stays as history. Recorded as `audit.key.revoke`, once."""
     return store.revoke_key(request.app.state.database, key_id, caller.name, caller.tenant)

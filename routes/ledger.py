@@ -31,6 +31,8 @@ from proofs.witnesses import newest_cosigned
 from queries import lookup
 from queries.exports import accepts_gzip
 from queries.reader import Reader
+from routes import examples
+from routes.examples import answer
 from schemas import MAX_ID
 
 router = APIRouter(tags=["ledger"], responses=responses(Unauthorized, Forbidden, InvalidFields, Unavailable))
@@ -81,8 +83,12 @@ class ConsistencyProof(BaseModel):
     consistency_path: list[str] = Field(description=f"{_HASH} each")
 
 
-def _text(description: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"description": description, "content": {"text/plain": {"schema": {"type": "string"}}}}}
+_CHECKPOINT_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A signed note: origin, size and root hash",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": examples.CHECKPOINT}},
+    }
+}
 
 
 def _bytes(description: str) -> dict[int | str, dict[str, Any]]:
@@ -93,7 +99,7 @@ def _bytes(description: str) -> dict[int | str, dict[str, Any]]:
 @router.get(
     "/ledger/checkpoint",
     response_class=Response,
-    responses={**_text("A signed note: origin, size and root hash"), **responses(CheckpointNotFound)},
+    responses=_CHECKPOINT_ANSWER | responses(CheckpointNotFound),
 )
 async def get_checkpoint(request: Request, caller: Reading, wanted: Annotated[CheckpointQuery, Query()]) -> Response:
     """The newest checkpoint. It includes what was committed a second ago, and is signed when it is asked for."""
@@ -134,7 +140,7 @@ def get_tile(request: Request, caller: Reading, level: str, index: str) -> Respo
     return _immutable(request, tiles.read_tile(request.app.state.reader, TileId(int(level), number), width))
 
 
-@router.get("/ledger/consistency", response_model=ConsistencyProof)
+@router.get("/ledger/consistency", response_model=ConsistencyProof, responses=answer(examples.CONSISTENCY))
 def get_consistency(request: Request, caller: Reading, wanted: Annotated[ConsistencyQuery, Query()]) -> Any:
     """The proof that the tree of the size `to` begins with the one of the size `from`."""
     if wanted.old_size > wanted.size:
@@ -146,7 +152,11 @@ def get_consistency(request: Request, caller: Reading, wanted: Annotated[Consist
     return ConsistencyProof(old_size=wanted.old_size, size=wanted.size, consistency_path=_encoded(path))
 
 
-@router.get("/events/{event_id}/proof", response_model=InclusionProof, responses=responses(EventNotFound))
+@router.get(
+    "/events/{event_id}/proof",
+    response_model=InclusionProof,
+    responses=responses(EventNotFound) | answer(examples.PROOF),
+)
 async def get_proof(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Any:
     """That the event is in the tree of the newest checkpoint; of a new event it takes up to a second."""
     reader: Reader = request.app.state.reader

@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from db import Database
 from problems import Unavailable, responses
 from proofs.checkpoints import Checkpoints
+from routes import examples
+from routes.examples import answer
 
 router = APIRouter(tags=["operations"])
 
@@ -26,13 +28,13 @@ class Readiness(BaseModel):
     revision: str
 
 
-@router.get("/health")
+@router.get("/health", responses=answer(Health().model_dump()))
 async def health() -> Health:
     """Alive: says nothing of the database, so that an outage of it does not get the service restarted."""
     return Health()
 
 
-@router.get("/ready", responses=responses(Unavailable))
+@router.get("/ready", responses=responses(Unavailable) | answer(examples.READY))
 async def ready(request: Request) -> Readiness:
     """Migrated and writable, and nothing contradicts the ledger; else 503 with the reason."""
     database: Database = request.app.state.database
@@ -42,7 +44,7 @@ async def ready(request: Request) -> Readiness:
     return Readiness(revision=revision)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=answer(examples.METRICS, media_type="text/plain"))
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

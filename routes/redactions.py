@@ -7,7 +7,9 @@ from fastapi import APIRouter, Request
 from auth import Admin
 from housekeeping import redaction
 from problems import Forbidden, InvalidFields, Unauthorized, Unavailable, responses
+from routes import examples
 from routes.bodies import BODY_PROBLEMS, BoundedRoute
+from routes.examples import answer
 from schemas import Redaction, RedactionIn
 
 MOST_EVENTS_A_CALL = 10_000
@@ -20,7 +22,7 @@ router = APIRouter(
 )
 
 
-@router.post("", response_model=Redaction, responses=BODY_PROBLEMS)
+@router.post("", response_model=Redaction, responses=BODY_PROBLEMS | answer(examples.REDACTION))
 def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
     """Erase the personal data of events, 10,000 at the most a call; a dry run unless `dry_run` is false.
 
