@@ -60,6 +60,9 @@ class Stack:
     def in_service(self, *command: str) -> str:
         return self.compose("exec", "-T", "audit-service", *command).stdout.strip()
 
+    def as_root(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return self.compose("exec", "-T", "--user", "0", "audit-service", *command, check=False)
+
     def as_service_role(self, statement: str) -> subprocess.CompletedProcess[str]:
         psql = 'PGPASSWORD=change-me-too psql --host=127.0.0.1 --username=audit_service --command="$1" "$POSTGRES_DB"'
         return self.compose("exec", "-T", "audit-postgres", "sh", "-c", psql, "sh", statement, check=False)
@@ -121,6 +124,12 @@ def test_the_walk_of_the_readme(stack: Stack) -> None:
     assert stack.compose("exec", "-T", "audit-service", "touch", "/app/x", check=False).returncode != 0
     assert stack.inspect("audit-service", "{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}") == "true [ALL]"
     eventually(lambda: stack.inspect("audit-service", "{{.State.Health.Status}}") == "healthy")
+
+    # And nothing that it does not need, wherever it may lie: looked for as root.
+    for absent in ("/app/tests", "/app/bench", "/app/.git", "/venv/bin/pip", "/root/.cache/pip"):
+        assert stack.as_root("test", "!", "-e", absent).returncode == 0, absent
+    for absent in ("gcc", "cc", "g++", "make"):
+        assert stack.as_root("sh", "-c", f"command -v {absent}").returncode != 0, absent
     labels = json.loads(stack.inspect("audit-service", "{{json .Config.Labels}}"))
     assert not set(SECRETS) & set(labels.values())
 
