@@ -74,4 +74,5 @@ def _of(tenant: str | None) -> list[ColumnElement[bool]]:
 
 
 def _change(verb: str, hold: Row[Any], by: str, metadata: dict[str, Any] | None) -> EventIn:
-    return own_event(f"audit.hold.{verb}", by, resource=f"legal-holds/{hold.id}", metadata=metadata)
+    resource = f"legal-holds/{hold.id}"
+    return own_event(f"audit.hold.{verb}", by, tenant=hold.tenant, resource=resource, metadata=metadata)

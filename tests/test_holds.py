@@ -54,9 +54,10 @@ def test_each_change_is_an_event(client: httpx.Client) -> None:
     hold = place(client, tenant="acme")
     for _ in range(2):
         client.delete(f"/legal-holds/{hold['id']}")
-    assert [(event["event_type"], event["actor"], event["resource"]) for event in recorded(client)] == [
-        ("audit.hold.place", "root", f"legal-holds/{hold['id']}"),
-        ("audit.hold.release", "root", f"legal-holds/{hold['id']}"),
+    members = ("event_type", "actor", "resource", "tenant")
+    assert [tuple(event[name] for name in members) for event in recorded(client)] == [
+        ("audit.hold.place", "root", f"legal-holds/{hold['id']}", "acme"),
+        ("audit.hold.release", "root", f"legal-holds/{hold['id']}", "acme"),
     ]
     assert recorded(client)[0]["metadata"] == {**HOLD, "tenant": "acme"}
 
