@@ -6,6 +6,8 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import SIGNER, run_cli, running_app, settings_for
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from months import append_events
 from sqlalchemy.engine import URL
 from test_verify import leaves_of, plain, promise, verified
@@ -142,6 +144,12 @@ def test_a_row_added_behind_the_newest_or_under_a_known_id_is_told(url: URL) -> 
     assert found(url)[0].startswith("Event 300: added: ")
 
 
+@pytest.mark.parametrize("event_id", [COUNT + 1, 2**63 - 2, 2**63 - 1])
+def test_a_row_added_under_the_highest_id_is_told(url: URL, event_id: int) -> None:
+    attack(url, COPY_EVENT.format(event_id, 17))
+    assert found(url) == [f"Event {event_id}: {ADDED}"]
+
+
 @pytest.mark.parametrize(("one", "other"), [(100, 101), (17, 700), (256, 257)])
 def test_swapped_rows_are_named(url: URL, one: int, other: int) -> None:
     swap = f"UPDATE audit_events SET id = CASE id WHEN -{one} THEN {other} ELSE {one} END WHERE id < 0"
@@ -149,6 +157,74 @@ def test_swapped_rows_are_named(url: URL, one: int, other: int) -> None:
     assert found(url) == [
         f"Event {one}: order swapped with event {other}",
         f"Event {other}: order swapped with event {one}",
+    ]
+
+
+MOVE = """
+    UPDATE audit_events AS event SET id = -moved.new FROM unnest(%(old)s, %(new)s) AS moved (old, new)
+    WHERE id = moved.old;
+    UPDATE audit_events SET id = -id WHERE id < 0
+"""
+MOVE_CONTENTS = """
+    UPDATE audit_events AS event SET (event_type, actor, timestamp, metadata, nonce, personal_hash)
+        = (other.event_type, other.actor, other.timestamp, other.metadata, other.nonce, other.personal_hash)
+    FROM audit_events AS other, unnest(%(old)s, %(new)s) AS moved (old, new)
+    WHERE event.id = moved.new AND other.id = moved.old
+"""
+
+
+def move(url: URL, statement: str, moves: dict[int, int]) -> None:
+    """What is at each key goes to its value."""
+    connection = psycopg2.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    with connection, connection.cursor() as cursor:
+        cursor.execute(statement, {"old": list(moves), "new": list(moves.values())})
+    connection.close()
+
+
+def moved(ids: list[int], order: list[int]) -> dict[int, int]:
+    return {old: new for old, new in zip(ids, order, strict=True) if old != new}
+
+
+@pytest.mark.parametrize("statement", [MOVE, MOVE_CONTENTS])
+def test_rows_moved_in_a_circle_are_each_named(url: URL, statement: str) -> None:
+    move(url, statement, {100: 101, 101: 400, 400: 100, 500: 501, 501: 500})
+    assert found(url) == [
+        "Event 100: order changed: in its place stands what was recorded as event 400",
+        "Event 101: order changed: in its place stands what was recorded as event 100",
+        "Event 400: order changed: in its place stands what was recorded as event 101",
+        "Event 500: order swapped with event 501",
+        "Event 501: order swapped with event 500",
+    ]
+
+
+def test_no_order_but_the_one_that_was_recorded_passes(url: URL) -> None:
+    ids = st.lists(st.integers(1, COUNT), min_size=2, max_size=8, unique=True)
+    runs = st.builds(lambda first, count: list(range(first, first + count)), st.integers(1, 700), st.integers(2, 200))
+    orders = (ids | runs).flatmap(lambda ids: st.tuples(st.just(ids), st.permutations(ids)))
+    turns = st.builds(lambda ids, by: (ids, [*ids[by:], *ids[:by]]), ids | runs, st.integers(1, 3))
+
+    @settings(max_examples=40)
+    @given(orders | turns, st.sampled_from([MOVE, MOVE_CONTENTS]))
+    def is_found(order: tuple[list[int], list[int]], statement: str) -> None:
+        moves = moved(*order)
+        assume(moves)
+        move(url, statement, moves)
+        differences = verified(url).differences
+        move(url, statement, {new: old for old, new in moves.items()})
+        assert differences != []
+
+    is_found()
+    assert found(url) == []
+
+
+def test_in_each_tile_that_differs_an_event_is_named(url: URL) -> None:
+    chain = [f"UPDATE audit_events SET id = {to} WHERE id = {old}" for old, to in ((300, 10), (600, 300), (700, 600))]
+    attack(url, "DELETE FROM audit_events WHERE id = 10", *chain)
+    assert found(url) == [
+        f"Event 10: {MISSING}: in its place stands what was recorded as event 300",
+        f"Event 300: {ROW}",
+        "Event 600: added: what was recorded as event 600 is now event 300",
+        f"Event 700: {MISSING}",
     ]
 
 

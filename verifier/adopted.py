@@ -58,7 +58,7 @@ def _recompute(connection: Connection, first_id: int, adopted: Adopted, advance:
     while True:
         lines = Lines()
         with connection.cursor() as cursor:
-            cursor.copy_expert(COPY_ROWS.format(start=start, end=first_id, limit=_PAGE_ROWS), lines)
+            cursor.copy_expert(COPY_ROWS.format(first_id=start, last_id=first_id - 1, limit=_PAGE_ROWS), lines)
         if not lines.rows:
             break
         hashed = hash_rows(lines.rows)
