@@ -168,7 +168,7 @@ class TooManyStreams(Problem):
 
 
 class HeadTooLarge(Problem):
-    """The request's head has more than 100 fields or 65,536 bytes."""
+    """The request's head has more than 100 fields or 65,536 bytes, or its trailers or a chunk's extensions have."""
 
     status, code, title = 431, "head-too-large", "Head too large"
 
