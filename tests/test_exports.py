@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
+from uvicorn.config import HTTP_PROTOCOLS
 from verify import assert_ledger_consistent, leaf_of, tree_hash
 
 import migrations
@@ -282,6 +284,19 @@ def test_a_client_that_stops_reading_holds_no_transaction_and_is_cut(
         received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
     assert b'"complete"' not in received
     assert not received.endswith(b"0\r\n\r\n")
+
+
+def test_a_client_that_reads_slowly_is_not_cut(database_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes.streamed, "STALL_S", 0.5)
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", "server:OneWriteProtocol")
+    with running_app(settings_for(database_url)) as client:
+        post_all(client, [{**LOGIN, "metadata": {"padding": "x" * 20_000}}] * pages.FETCH_ROWS)  # one piece
+        with open_export(client) as connection:
+            received = b""
+            while not received.endswith(b"0\r\n\r\n") and (chunk := connection.recv(1 << 16)):
+                received = received[-1000:] + chunk
+                time.sleep(0.05)
+    assert b'"complete":true' in received
 
 
 def test_so_many_exports_are_open_and_the_next_is_told_to_wait(
