@@ -277,7 +277,11 @@ class Writer:
 
 def _has_ended(connection: Connection) -> bool:
     """Whether the server has closed it: nothing else is there to read while nothing was asked."""
-    return bool(connection.closed or select.select([connection], [], [], 0)[0])
+    if connection.closed:
+        return True
+    poll = select.poll()  # select() takes no descriptor beyond 1,023
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_lost(error: psycopg2.Error) -> bool:

@@ -2,6 +2,8 @@
 
 import ipaddress
 import json
+import os
+import resource
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +197,17 @@ def test_recorded_at_never_falls_behind_the_head(own_client: httpx.Client, datab
     for _ in range(2):
         event = own_client.post("/events", json=LOGIN).json()
         assert datetime.fromisoformat(event["recorded_at"]) == ahead
+
+
+def test_the_connection_may_have_any_descriptor(own_client: httpx.Client) -> None:
+    """select() takes none beyond 1,023, and a service with so many open sockets is an ordinary one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2_048), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            stack.enter_context(open(os.devnull))
+        assert [own_client.post("/events", json=LOGIN).status_code for _ in range(3)] == [201] * 3
 
 
 def test_rows_from_before_the_ledger_are_not_in_the_tree(database_url: URL) -> None:
