@@ -33,6 +33,9 @@ _BATCH_PARSERS: dict[bytes, Callable[[bytes], list[EventIn]]] = {
     cloudevents.BATCH.encode(): cloudevents.parse_batch,
 }
 
+_BATCH_HAS_KEYS = "goes with one event: in a batch each has an idempotency_key of its own"
+_CLOUDEVENT_HAS_A_KEY = "goes with a plain event: the key of a CloudEvent is its source and id"
+
 
 class Writes:
     """ASGI middleware that answers the two calls that append, and passes on everything else.
@@ -75,10 +78,12 @@ async def _create_event(state: State, caller: Key, headers: Headers, receive: Re
     if media_type == cloudevents.BATCH.encode():
         return await _append_batch(state, caller, headers, receive, room, cloudevents.parse_batch)
     if media_type == cloudevents.STRUCTURED.encode():
+        _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY)
         parse: Callable[[bytes], EventIn] = cloudevents.parse_structured
     elif media_type != b"application/json":
         raise UnsupportedMediaType(f"Send application/json or {cloudevents.STRUCTURED}.")
     elif b"ce-specversion" in headers:
+        _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY)
         parse = lambda body: cloudevents.parse_binary(headers, body)  # noqa: E731
     else:
         parse = lambda body: _with_headers(parse_event(body), headers)  # noqa: E731
@@ -104,6 +109,7 @@ async def _create_events(state: State, caller: Key, headers: Headers, receive: R
 async def _append_batch(
     state: State, caller: Key, headers: Headers, receive: Receive, room: Room, parse: Callable[[bytes], list[EventIn]]
 ) -> Answer:
+    _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY if parse is cloudevents.parse_batch else _BATCH_HAS_KEYS)
     # Neither body nor parsed events get a name: they must be gone while the batch waits.
     prepared = _prepare(state, caller, _limited(parse(await read_body(headers, receive, room, MAX_BATCH_BYTES))))
     appended = await _append(state, prepared)
@@ -196,7 +202,10 @@ def _refuse_our_own_source(events: Sequence[EventIn]) -> None:
 def _with_headers(event: EventIn, headers: Headers) -> EventIn:
     """The event with its Idempotency-Key and traceparent, where the body did not say them itself."""
     if b"idempotency-key" in headers:
-        key = headers[b"idempotency-key"].decode("latin-1")
+        try:
+            key = headers[b"idempotency-key"].decode()
+        except UnicodeDecodeError:
+            raise _wrong_key("must be UTF-8") from None
         if event.idempotency_key not in (None, key):
             raise _wrong_key("differs from the body's")
         if not 1 <= len(key) <= 255 or "\0" in key:
@@ -205,6 +214,12 @@ def _with_headers(event: EventIn, headers: Headers) -> EventIn:
     if event.trace_id is None and b"traceparent" in headers:
         event.trace_id = cloudevents.trace_id_of(headers[b"traceparent"].decode("latin-1"))
     return event
+
+
+def _refuse_key(headers: Headers, message: str) -> None:
+    """A key that nobody heeds would promise a safe retry in vain."""
+    if b"idempotency-key" in headers:
+        raise _wrong_key(message)
 
 
 def _wrong_key(message: str) -> InvalidFields:

@@ -76,6 +76,47 @@ def test_source_and_id_together_are_the_idempotency_key_in_every_mode(client: ht
     assert post(client, {**EVENT, "type": "another"}).status_code == 409
 
 
+def test_a_key_in_the_header_is_refused_for_an_event_that_has_one(client: httpx.Client) -> None:
+    structured, batch = "application/cloudevents+json", "application/cloudevents-batch+json"
+    binary = {f"ce-{name}": str(EVENT[name]) for name in ("specversion", "id", "source", "type")} | {"ce-actor": "a"}
+    for path, body, headers in (
+        ("/events", EVENT, {"Content-Type": structured}),
+        ("/events", {}, binary),
+        ("/events", [EVENT], {"Content-Type": batch}),
+        ("/events/batch", [EVENT], {"Content-Type": batch}),
+    ):
+        response = client.post(path, json=body, headers={**headers, "Idempotency-Key": "k"})
+        assert response.status_code == 422
+        assert response.json()["errors"] == [
+            {
+                "location": "headers.Idempotency-Key",
+                "message": "goes with a plain event: the key of a CloudEvent is its source and id",
+            }
+        ]
+        assert client.post(path, json=body, headers=headers).status_code in (200, 201)
+
+
+@pytest.mark.parametrize(
+    ("header", "subject"),
+    [
+        (b"order/1234", "order/1234"),
+        (b"%C3%A4%20%22b%22", 'ä "b"'),
+        ("ä".encode(), "ä"),
+        (b'"two words"', "two words"),
+        (b'"a \\"b\\" \\\\ %41"', 'a "b" \\ A'),
+        (b"%2541", "%41"),
+        (b'%22a%22 "', '"a" "'),
+        (b'an "inner" one', 'an "inner" one'),
+    ],
+)
+def test_a_header_is_unquoted_and_then_percent_decoded_once(client: httpx.Client, header: bytes, subject: str) -> None:
+    """HTTP binding section 3.1.3.2."""
+    attributes = {"ce-specversion": b"1.0", "ce-id": b"1", "ce-source": b"shop", "ce-type": b"T", "ce-actor": b"a"}
+    response = client.post("/events", headers={**attributes, "ce-subject": header})
+    assert response.status_code == 201, response.text
+    assert response.json()["resource"] == subject
+
+
 @pytest.mark.parametrize(
     ("change", "location"),
     [

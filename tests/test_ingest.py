@@ -123,6 +123,26 @@ def test_header_and_body_are_one_key(client: httpx.Client) -> None:
     assert client.post("/events", json=LOGIN, headers={"Idempotency-Key": "x" * 256}).status_code == 422
 
 
+def test_a_key_in_the_header_is_read_as_utf_8_like_that_in_the_body(client: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "bestellung-größe-🦊".encode()}
+    assert client.post("/events", json=LOGIN, headers=headers).status_code == 201
+    assert client.post("/events", json=keyed("bestellung-größe-🦊")).status_code == 200
+    assert client.post("/events", json=LOGIN, headers={"Idempotency-Key": ("🦊" * 255).encode()}).status_code == 201
+    refused = client.post("/events", json=LOGIN, headers={"Idempotency-Key": "größe".encode("latin-1")})
+    assert (refused.status_code, locations(refused)) == (422, ["headers.Idempotency-Key"])
+    assert stored(client) == 2
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
+def test_a_batch_takes_no_key_in_the_header(client: httpx.Client, media_type: str) -> None:
+    content = json.dumps(LOGIN) if "ndjson" in media_type else json.dumps([LOGIN])
+    headers = {"Content-Type": media_type, "Idempotency-Key": "k"}
+    response = client.post("/events/batch", content=content, headers=headers)
+    assert (response.status_code, locations(response)) == (422, ["headers.Idempotency-Key"])
+    assert "each has an idempotency_key of its own" in response.json()["errors"][0]["message"]
+    assert stored(client) == 0
+
+
 def test_a_key_with_another_event_is_a_409(client: httpx.Client) -> None:
     client.post("/events", json=keyed("k"))
     response = client.post("/events", json=keyed("k", actor="mallory"))
