@@ -307,6 +307,6 @@ def _answer(piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> 
         if isinstance(result, Problem):
             waiting.answer.set_exception(copy.copy(result))  # each request raises one of its own
         elif isinstance(result, KeyConflict):
-            waiting.answer.set_exception(conflict_at(result.index, len(waiting.submission.places)))
+            waiting.answer.set_exception(conflict_at(result.index))
         else:
             waiting.answer.set_result(result)
