@@ -12,8 +12,8 @@ from psycopg2.extensions import connection as Connection
 
 from ledger.tree import TILE_WIDTH, root_of, split_hashes
 from verifier import swaps
-from verifier.differences import ADDED, MISSING, PERSONAL, ROW, TWICE, Difference, at
-from verifier.rows import COPY_ROWS, Hashed, Lines, Run, hash_rows
+from verifier.differences import ADDED, MISSING, PERSONAL, ROW, TWICE, Difference, at, named
+from verifier.rows import BETWEEN, COPY_ROWS, Hashed, Lines, Run, hash_rows
 from verifier.tree import edge_of, fold
 
 MAX_ID = 2**63 - 1
@@ -63,7 +63,8 @@ def check_range(connection: Connection, wanted: Range) -> Checked:
     lines = Lines()
     last_id = MAX_ID if wanted.is_last else wanted.first_id + wanted.end - 1
     with connection.cursor() as cursor:
-        cursor.copy_expert(COPY_ROWS.format(first_id=wanted.ids.start, last_id=last_id, limit="ALL"), lines)
+        condition = BETWEEN.format(first_id=wanted.ids.start, last_id=last_id)
+        cursor.copy_expert(COPY_ROWS.format(condition=condition, limit="ALL"), lines)
         cursor.execute(_LEAF_TILES, (wanted.start // TILE_WIDTH, wanted.end // TILE_WIDTH))
         stored = {index: (bytes(hashes), bytes(root)) for index, hashes, root in cursor}
     hashed = hash_rows(lines.rows)
@@ -83,7 +84,7 @@ def check_range(connection: Connection, wanted: Range) -> Checked:
         else:
             _grow(wanted, start, hashes, checked)
     if wrong:
-        known = {each.first_id for each in checked.differences if each.first_id == each.last_id}
+        known = named(checked.differences)
         explained = list(swaps.explain(lines.rows, wrong, known))
         checked.differences += [*explained, *_unexplained(wanted, wrong, known, explained)]
     return checked
