@@ -48,7 +48,9 @@ def test_a_body_that_never_ends_is_let_go_of_when_its_time_is_over(one_database_
         calls = [(path, framing, key) for path in CALLS for framing in FRAMINGS for key in (API_KEY, "wrong")]
         waiting = {call: begin(client, call) for call in calls}
         received = dict.fromkeys(calls, b"")
-        started, answered, took = time.monotonic(), {}, {}
+        started = time.monotonic()
+        answered: dict[Call, float] = {}
+        took: dict[Call, float] = {}
         while waiting and time.monotonic() < started + BODY_TIMEOUT_S + LATE_S:
             time.sleep(1)
             for call, connection in list(waiting.items()):
