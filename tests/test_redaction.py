@@ -9,7 +9,7 @@ import psycopg2
 import pytest
 from conftest import API_KEY, execute, run_cli, running_app, served, settings_for
 from months import append_events, fill_months
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent, leaf_of
 
@@ -203,6 +203,41 @@ def test_a_call_erases_so_many_and_the_next_goes_on(client: httpx.Client, monkey
     assert [(answer["count"], answer["remaining"]) for answer in answers] == [(3, 1), (1, 0), (0, 0)]
     assert [answer["redaction"] is None for answer in answers] == [False, False, True]
     assert [record["metadata"]["count"] for record in records(client)] == [2, 1, 1]
+
+
+def test_memory_does_not_depend_on_how_many_events_an_actor_has(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    rows_of: list[int] = []
+
+    def count(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "audit_events AS event" in statement:
+            rows_of.append(cursor.rowcount)
+
+    post(client, *[EVENT] * 9)
+    event.listen(Engine, "after_cursor_execute", count)
+    try:
+        assert redact(client, actor=EVENT["actor"])["remaining"] == 9
+        assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == 9
+    finally:
+        event.remove(Engine, "after_cursor_execute", count)
+    assert len(rows_of) > 5 and max(rows_of) == 2
+
+
+def test_events_are_found_whatever_their_timestamps_and_those_that_land_meanwhile_later(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    moments = ["2026-03-01", "2026-01-01", "2026-02-01", "2026-01-01", "0001-01-01"]
+    append_events(database, *[{**EVENT, "timestamp": f"{moment}T00:00:00Z"} for moment in moments])
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    batches = redaction.redact(database, wanted, "root", "redactions/1")
+    assert next(batches) == 2
+    append_events(database, EVENT)
+    assert list(batches) == [2, 1]
+    assert redaction.measure(database, wanted, "root") == redaction.Extent(1, 0)
+    assert list(redaction.redact(database, wanted, "root", "redactions/2")) == [1]
 
 
 def test_a_batch_whose_record_cannot_be_written_is_not_redacted(database: Database) -> None:
