@@ -24,8 +24,8 @@ from schemas import EventIn, RedactionIn
 REDACTED = "[redacted]"
 BATCH_EVENTS = 1_000  # some 50 ms; the head is locked for the last of them
 
-# The events of an actor, and those of the service's own that name it, which were about it: a legal hold, a recorded
-# read. Indexes: audit_events_actor_timestamp_id, audit_events_metadata; by ids: audit_events_pkey.
+# The events of an actor, and those of the service's own that name it, which were about it: a legal hold, a key,
+# a recorded read. Indexes: audit_events_actor_timestamp_id, audit_events_metadata; by ids: audit_events_pkey.
 _BY_ACTOR = "(event.actor = :actor AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant))"
 _ABOUT = "(event.source = :service AND event.metadata @> ANY (CAST(:about AS jsonb[])))"
 _BY_IDS = "event.id = ANY (CAST(:ids AS bigint[]))"
@@ -107,6 +107,26 @@ _ERASE_HOLDS = text(
     SELECT count(*) FROM erased
     """
 )
+# A key's name says who uses it, for as long as it works; who made and revoked it is history. Few, too: no index.
+_WORKS_NO_MORE = "(revoked_at IS NOT NULL OR expires_at <= now())"
+_ERASE_KEYS = text(
+    f"""
+    WITH erased AS (
+        UPDATE api_keys
+        SET name = CASE WHEN name = :actor AND {_WORKS_NO_MORE} THEN :redacted ELSE name END,
+            created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
+            revoked_by = CASE WHEN revoked_by = :actor THEN :redacted ELSE revoked_by END
+        WHERE (:actor IN (created_by, revoked_by) OR name = :actor AND {_WORKS_NO_MORE})
+        AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+        RETURNING id
+    ), due AS (
+        INSERT INTO rewrites_due (relation, erased_by)
+        SELECT DISTINCT 'api_keys', pg_current_xact_id()::text::bigint FROM erased
+        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+    )
+    SELECT count(*) FROM erased
+    """  # nosec B608  # noqa: S608 - put together from the constants above
+)
 _ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
 
@@ -134,9 +154,9 @@ def measure(database: Database, wanted: RedactionIn, by: str) -> Extent:
 def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: int | None = None) -> Iterator[int]:
     """Erase the personal data of the events, `most` of them in this call; yield each batch's count when it is done.
 
-    `name` identifies it in the events `audit.redaction` that record it, one a batch; released legal holds are a batch
-    of 0 events. Where nothing is found, nothing is recorded and nothing yielded. Raises InvalidFields where the record
-    would itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
+    `name` identifies it in the events `audit.redaction` that record it, one a batch; released legal holds and keys are
+    a batch of 0 events. Where nothing is found, nothing is recorded and nothing yielded. Raises InvalidFields where the
+    record would itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
     """
     _check_record(database, wanted, by)
     with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
@@ -153,7 +173,7 @@ def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: in
             found += len(ids)
             if found == most:
                 return
-        if wanted.actor is not None and _erase_holds(database, wanted, by, name):
+        if wanted.actor is not None and _erase_holds_and_keys(database, wanted, by, name):
             yield 0
 
 
@@ -216,7 +236,8 @@ def _about(wanted: RedactionIn) -> list[str]:
     tenant = {} if wanted.tenant is None else {"tenant": wanted.tenant}
     hold = {"actor": wanted.actor, **tenant}
     read = {"filters": {"actor": [wanted.actor], **tenant}}
-    return [orjson.dumps(members).decode() for members in (hold, read)]
+    key = {"name": wanted.actor, **tenant}
+    return [orjson.dumps(members).decode() for members in (hold, read, key)]
 
 
 def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: str) -> int:
@@ -231,13 +252,16 @@ def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: s
     return int(erased["count"])
 
 
-def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) -> int:
+def _erase_holds_and_keys(database: Database, wanted: RedactionIn, by: str, name: str) -> bool:
+    """Whether there was anything to erase."""
     values = {"actor": wanted.actor, "tenant": wanted.tenant, "redacted": REDACTED}
     with database.transaction() as connection:
         moment = connection.scalar(text("SELECT now()"))
-        if count := connection.scalar(_ERASE_HOLDS, values) or 0:
-            record(connection, _event(name, by, moment, {"legal_holds": count, "reason": wanted.reason}))
-    return int(count)
+        statements = {"legal_holds": _ERASE_HOLDS, "api_keys": _ERASE_KEYS}
+        counts = {table: connection.scalar(statement, values) for table, statement in statements.items()}
+        if found := {table: count for table, count in counts.items() if count}:
+            record(connection, _event(name, by, moment, {**found, "reason": wanted.reason}))
+    return bool(found)
 
 
 def _event(name: str, by: str, moment: object, metadata: dict[str, object]) -> EventIn:

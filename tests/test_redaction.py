@@ -177,6 +177,40 @@ def test_recorded_reads_about_the_person_go_too(database_url: URL) -> None:
     assert_ledger_consistent(database_url)
 
 
+def test_the_name_of_a_key_goes_when_the_key_works_no_more(
+    client: httpx.Client, _shared_app: tuple[httpx.Client, URL]
+) -> None:
+    def make(name: str, **members: Any) -> dict[str, Any]:
+        key: dict[str, Any] = client.post("/keys", json={"name": name, "scopes": ["admin"], **members}).json()
+        return key
+
+    def names() -> list[tuple[str, str, str | None]]:
+        keys = client.get("/keys").json()["keys"]
+        return sorted((key["name"], key["created_by"], key["revoked_by"]) for key in keys)
+
+    alice, bob = make("alice-the-clerk"), make("bob", tenant="acme")
+    as_alice = {"X-API-Key": alice["key"]}
+    client.post("/keys", json={"name": "carol", "scopes": ["read"]}, headers=as_alice)
+    client.delete(f"/keys/{bob['id']}", headers=as_alice)
+    # What she did with her key, and that it was made.
+    answer = redact(client, actor="alice-the-clerk", dry_run=False)
+    assert answer["count"] == 3
+    assert names() == [("alice-the-clerk", "root", None), ("bob", "root", "[redacted]"), ("carol", "[redacted]", None)]
+    assert client.get("/keys", headers=as_alice).status_code == 200, "it works on"
+    assert {"api_keys": 2, "reason": REASON} in [record["metadata"] for record in records(client)]
+
+    client.delete(f"/keys/{alice['id']}")
+    assert redact(client, actor="alice-the-clerk", tenant="acme", dry_run=False)["redaction"] is None
+    assert redact(client, actor="alice-the-clerk", dry_run=False)["redaction"] is not None
+    assert names()[0] == ("[redacted]", "root", "root")
+    assert redact(client, actor="alice-the-clerk", dry_run=False)["redaction"] is None, "nothing is left to erase"
+    assert "alice" not in client.get("/keys").text + client.get("/events").text
+    due = execute(_shared_app[1], "SELECT array_agg(relation) FROM rewrites_due")
+    assert "api_keys" in due
+    assert redact(client, actor="bob", tenant="acme", dry_run=False)["count"] == 1
+    assert "bob" not in client.get("/keys").text + client.get("/events").text
+
+
 def test_a_retry_makes_no_second_event_and_its_hash_is_gone(
     client: httpx.Client, _shared_app: tuple[httpx.Client, URL]
 ) -> None:
