@@ -1,5 +1,6 @@
 """Redaction: personal data is gone from answers, tables and files; what the tree vouches for is what it was."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import httpx
 import psycopg2
 import pytest
-from conftest import API_KEY, execute, run_cli, running_app, served, settings_for
+from conftest import API_KEY, SIGNER, execute, run_cli, running_app, served, settings_for
 from months import append_events, fill_months
 from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import URL
+from test_proofs import path_of
 from verify import assert_ledger_consistent, leaf_of
 
 import migrations
@@ -19,6 +21,8 @@ from db import Database
 from housekeeping import holds, redaction, rewrite
 from housekeeping.partitions import detach, list_partitions, seal_finished_months
 from housekeeping.rounds import do_round
+from ledger import tree
+from ledger.notes import TreeHead, open_checkpoint
 from problems import DatabaseUnavailable, InternalError
 from schemas import LegalHoldIn, RedactionIn
 from telemetry import Metrics
@@ -114,6 +118,52 @@ def test_leaves_and_tiles_are_what_they_were(client: httpx.Client, _shared_app: 
     assert [leaf_of(row) for row in _rows(url)[: len(ids)]] == leaves
     assert bytes(execute(url, stored)) == b"".join(leaves)
     assert bytes(execute(url, tiles)) == before
+
+
+def test_bundles_tiles_and_proofs_over_http_are_what_they_were_and_hold(
+    client: httpx.Client, _shared_app: tuple[httpx.Client, URL], tmp_path: Path
+) -> None:
+    size = 600  # two full tiles, and a partial one
+    ids = post(client, *[EVENT, BOB] * (size // 2))
+    proved = [ids[index] for index in (0, 1, 254, 255, 256, 512, 513, 598, 599)]
+    old, *_ = [_prove(client, event_id) for event_id in reversed(proved)]
+    tiles = [path_of(0), path_of(1), path_of(2, size % 256)]
+    paths = [f"/ledger/tile/{kind}/{tile}" for kind in ("entries", "0") for tile in tiles]
+    paths += [f"/ledger/tile/1/{path_of(0, 2)}", f"/ledger/consistency?from=300&to={size}"]
+
+    def served_now() -> list[bytes]:
+        answers = [client.get(path) for path in paths]
+        assert {answer.status_code for answer in answers} == {200}
+        entries = [client.get(f"/events/{event_id}/proof").json()["entry"].encode() for event_id in proved]
+        return [answer.content for answer in answers] + entries
+
+    before = served_now()
+    kept = tmp_path / "checkpoint"
+    kept.write_text(client.get("/ledger/checkpoint").text)
+    assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == size // 2
+    assert get(client, ids[0])["redacted_at"] and get(client, ids[598])["redacted_at"]
+    new = _prove(client, size + 1)  # of the event that records it
+    assert served_now() == before
+    for event_id in proved:
+        _prove(client, event_id)
+    answer = client.get("/ledger/consistency", params={"from": old.size, "to": new.size}).json()
+    path = [base64.b64decode(node) for node in answer["consistency_path"]]
+    assert tree.proves_consistency(old.size, old.root, new.size, new.root, path)
+    key = ["--key", str(SIGNER.verifier), "--checkpoint", str(kept)]
+    for options in (key, [*key, "--url", str(client.base_url), "--all"]):
+        status, said, complaints = run_cli(_shared_app[1], "verify", *options, API_KEY=API_KEY)
+        assert status == 0, complaints
+        assert said[0].startswith(f"{size + 1} events" if options is key else f"{SIGNER.name}: {size + 1} events")
+
+
+def _prove(client: httpx.Client, event_id: int) -> TreeHead:
+    """The checkpoint whose tree has the event, by the proof that is served."""
+    proof = client.get(f"/events/{event_id}/proof").json()
+    head, _ = open_checkpoint(proof["checkpoint"], SIGNER.verifier)
+    leaf = tree.hash_leaf(proof["entry"].encode())
+    path = [base64.b64decode(node) for node in proof["inclusion_path"]]
+    assert tree.root_from_inclusion(leaf, proof["leaf_index"], head.size, path) == head.root
+    return head
 
 
 def _rows(url: URL) -> list[dict[str, Any]]:
