@@ -10,7 +10,7 @@ from conftest import running_app, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from test_filters import list_all, post_all
+from test_filters import list_all, post_all, short_walks
 
 
 def at(*moments: str, actor: str = "alice") -> list[dict[str, Any]]:
@@ -46,6 +46,16 @@ def test_a_histogram_has_its_empty_buckets(client: httpx.Client) -> None:
         ("2026-01-01T00:00", 3),
         ("2026-02-01T00:00", 0),
     ]
+
+
+def test_a_histogram_begins_and_ends_where_events_are_whatever_stands_before_them(client: httpx.Client) -> None:
+    post_all(client, at("2026-01-02T00:00:00Z", "2026-01-04T00:00:00Z", actor="bob"))
+    noise = [f"2026-01-{day:02}T00:00:00Z" for day in (1, 1, 1, 5, 5, 5)]
+    post_all(client, [{**event, "event_type": "NOISE"} for event in at(*noise)])
+    post_all(client, at("2026-01-01T01:00:00Z", "2026-01-04T01:00:00Z"))
+    with short_walks():
+        days = [day for day, _ in histogram(client, interval="day", actor=["alice", "bob"], event_type="LOGIN")]
+    assert days == [f"2026-01-{day:02}T00:00" for day in (1, 2, 3, 4)]
 
 
 def test_weeks_begin_on_monday(client: httpx.Client) -> None:

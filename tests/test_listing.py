@@ -57,6 +57,24 @@ def test_events_that_arrive_between_pages_neither_repeat_nor_hide_any(
     assert [event_id for event_id in seen if event_id in there_before] == there_before
 
 
+@pytest.mark.parametrize("order", ["desc", "asc"])
+def test_no_page_ends_behind_events_of_another_actor_that_were_not_reached(client: httpx.Client, order: str) -> None:
+    """What hides alice's only login from a walk of so many events does not hide it from the page."""
+    events = [("bob", "login")] * 3 + [("alice", "noise")] * 20 + [("alice", "login")] + [("bob", "login")] * 9
+    step = timedelta(hours=1 if order == "asc" else -1)
+    post_all(
+        client,
+        [
+            {"actor": actor, "event_type": event_type, "timestamp": (OLDEST + number * step).isoformat()}
+            for number, (actor, event_type) in enumerate(events)
+        ],
+    )
+    query = {"actor": ["alice", "bob"], "event_type": "login", "order": order, "limit": 4}
+    with short_walks():
+        actors = [found["actor"] for found in list_all(client, query)]
+    assert actors == ["bob"] * 3 + ["alice"] + ["bob"] * 9
+
+
 def test_the_last_page_has_no_next_even_where_it_is_full(client: httpx.Client) -> None:
     fill(client, 6)
     first = client.get("/events", params={"limit": 3})
