@@ -1,8 +1,10 @@
 """Counts, histograms and most frequent values."""
 
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
@@ -79,6 +81,40 @@ def test_buckets_follow_the_clocks_of_the_zone(
 ) -> None:
     found = histogram(client, interval=interval, time_zone=time_zone, start=start, end=end)
     assert [moment[8:13] for moment, _ in found] == starts
+
+
+@pytest.mark.parametrize("interval", ["day", "week", "month"])
+@pytest.mark.parametrize(
+    ("time_zone", "midnight"),
+    [
+        ("Atlantic/Azores", "2026-10-25T00:00:00"),
+        ("America/Havana", "2026-11-01T00:00:00"),
+        ("Asia/Beirut", "2026-10-25T00:00:00"),
+        ("Asia/Beirut", "2026-03-29T00:00:00"),
+    ],
+    ids=["back to midnight", "back to the month's first", "back from midnight", "forward from midnight"],
+)
+def test_a_bucket_begins_with_the_first_moment_of_its_date(
+    client: httpx.Client, interval: str, time_zone: str, midnight: str
+) -> None:
+    def first_day(day: date) -> date:
+        return {"day": day, "week": day - timedelta(days=day.weekday()), "month": day.replace(day=1)}[interval]
+
+    zone = ZoneInfo(time_zone)
+    around = datetime.fromisoformat(midnight).replace(tzinfo=zone).astimezone(UTC)
+    moments = [around + timedelta(minutes=30 * number) for number in range(-60 * 24 * 2, 60 * 24 * 2)]
+    date_of = {moment: first_day(moment.astimezone(zone).date()) for moment in moments}
+    begins = {day: min(moment for moment in moments if date_of[moment] == day) for day in set(date_of.values())}
+    counted = moments[len(moments) // 2 - 100 : len(moments) // 2 + 100]
+    post_all(client, at(*(moment.isoformat() for moment in counted)))
+    expected = Counter(begins[date_of[moment]].strftime("%Y-%m-%dT%H:%M") for moment in counted)
+    assert dict(histogram(client, interval=interval, time_zone=time_zone)) == expected
+
+
+def test_nothing_lies_before_the_year_1(client: httpx.Client) -> None:
+    post_all(client, at("0001-01-01T00:00:00Z"))
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00Z") == []
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00.000001Z") == [("0001-01-01T00:00", 1)]
 
 
 def test_a_bucket_begins_in_the_year_1_at_the_earliest(client: httpx.Client) -> None:
