@@ -39,6 +39,8 @@ from schemas import EventFilter, EventListing
 
 WALKED_EVENTS = 5_000  # takes 4 ms
 DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less
+FETCHED_EVENTS = 250  # at a time, for what is fetched is held whole: some 24 MB, were each as large as it can be
+PAGE_LENGTH = 4 * 1024 * 1024  # characters of JSON with which a page ends
 _FIRST_STRETCH = timedelta(days=30)
 _SHORTEST_STRETCH = timedelta(minutes=1)
 _AFTER: Position = (datetime.max, 0)  # any: a statement's text has parameters, not values
@@ -56,12 +58,31 @@ class Page:
 
 
 def list_events(reader: Reader, wanted: EventListing) -> Page:
-    """A page of events, newest first unless oldest first is asked for; raises InvalidCursor."""
-    rows = _read(reader, wanted, decode_cursor(wanted))
-    events = rows[: wanted.limit]
-    more = len(rows) > len(events)
-    next_cursor = encode_cursor(wanted, (events[-1].timestamp, events[-1].id)) if more else None
+    """A page of events, newest first unless oldest first is asked for; raises InvalidCursor.
+
+    It ends before it has as many as are wanted once it has PAGE_LENGTH.
+    """
+    events: list[Row[Any]] = []
+    length, after, more = 0, decode_cursor(wanted), True
+    while more and len(events) < wanted.limit and length < PAGE_LENGTH:
+        part = wanted.model_copy(update={"limit": min(FETCHED_EVENTS, wanted.limit - len(events))})
+        rows = _read(reader, part, after)
+        taken = _take(rows[: part.limit], PAGE_LENGTH - length)
+        more = len(rows) > len(taken)
+        events += taken
+        length += sum(len(row.json) for row in taken)
+        after = (events[-1].timestamp, events[-1].id) if events else None
+    next_cursor = encode_cursor(wanted, after) if more and after is not None else None
     return Page([row.json for row in events], next_cursor)
+
+
+def _take(rows: Sequence[Row[Any]], room: int) -> Sequence[Row[Any]]:
+    """The first rows, up to the one that fills the room."""
+    for number, row in enumerate(rows, 1):
+        room -= len(row.json)
+        if room <= 0:
+            return rows[:number]
+    return rows
 
 
 def find_edge(reader: Reader, wanted: EventFilter, order: Literal["asc", "desc"]) -> datetime | None:

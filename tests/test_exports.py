@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,19 @@ def test_an_export_takes_the_same_memory_whatever_its_size(database_url: URL, tm
 def test_an_export_from_far_below_the_oldest_event_begins_with_that(client: httpx.Client) -> None:
     post_all(client, [LOGIN] * 3)
     assert len(export_lines(client, after=-(2**63) + 1)) == 4
+
+
+def test_ids_that_lie_far_apart_are_no_longer_way(empty_database_url: URL) -> None:
+    execute(empty_database_url, "CREATE TABLE audit_events (id bigint PRIMARY KEY, event_type text, actor text)")
+    execute(empty_database_url, "ALTER TABLE audit_events ADD timestamp timestamp DEFAULT '2024-01-01'")
+    ids = [n << 40 for n in range(-1_500, 1_500)]
+    execute(empty_database_url, f"INSERT INTO audit_events SELECT id, 'x', 'a' FROM unnest(ARRAY{ids}) AS id")
+    migrations.upgrade(empty_database_url)
+    with running_app(settings_for(empty_database_url)) as client:
+        post_all(client, [LOGIN])
+        assert exported_ids(client) == [*ids, ids[-1] + 1]
+        assert exported_ids(client, actor="alice") == [ids[-1] + 1]
+        with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "0"}) as response:
+            received = takewhile(lambda line: line != f"id: {ids[-1] + 1}", response.iter_lines())
+            assert sum(line.startswith("id: ") for line in received) == 1_499
+    assert_ledger_consistent(empty_database_url)

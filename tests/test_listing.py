@@ -14,6 +14,8 @@ from verify import assert_ledger_consistent
 
 import migrations
 
+from queries import listing
+
 OLDEST = datetime(2026, 1, 1, tzinfo=UTC)
 TYPES = ("login", "order.create", "order.delete")
 
@@ -86,6 +88,34 @@ def test_the_last_page_has_no_next_even_where_it_is_full(client: httpx.Client) -
     second = client.get(first.links["next"]["url"])
     assert (len(second.json()["events"]), second.json()["next_cursor"]) == (3, None)
     assert "next" not in second.links
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+def test_a_page_of_large_events_ends_early_and_the_next_goes_on(client: httpx.Client, order: str) -> None:
+    large = [{**event(0, OLDEST), "metadata": {"padding": "x" * 60_000}}] * 200
+    for _ in range(3):
+        assert client.post("/events/batch", json=large).status_code == 201
+    query: dict[str, Any] = {"order": order, "limit": 1000}
+    pages = [client.get("/events", params=query)]
+    while "next" in pages[-1].links:
+        pages.append(client.get(pages[-1].links["next"]["url"]))
+    assert all(len(page.content) < listing.PAGE_LENGTH + 61_000 for page in pages)
+    ids = [found["id"] for page in pages for found in page.json()["events"]]
+    assert ids == sorted(range(1, 601), reverse=order == "desc")
+
+
+@pytest.mark.parametrize("way", [nullcontext, short_walks], ids=["walks", "searches"])
+def test_a_page_of_many_events_is_the_same_however_it_is_fetched(
+    client: httpx.Client, way: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(client)
+    query: dict[str, Any] = {"event_type": "order.*", "limit": 39}
+    whole = client.get("/events", params=query).json()
+    monkeypatch.setattr(listing, "FETCHED_EVENTS", 7)
+    with way():
+        assert client.get("/events", params=query).json() == whole
+        assert len(client.get("/events", params={**query, "limit": 40}).json()["events"]) == 40
+        assert client.get("/events", params={**query, "limit": 40}).json()["next_cursor"] is None
 
 
 def test_the_link_keeps_filters_and_order(client: httpx.Client) -> None:

@@ -162,7 +162,7 @@ PAGE = 51
         ({"actor": ["rare"]}, "actor_timestamp_id", 5),
         ({"actor": ["nobody"]}, "actor_timestamp_id", 0),
         ({"actor": ["busy", "rare", "nobody"]}, "actor_timestamp_id", PAGE + 5 + 2 * PREFETCH),
-        ({"actor": ["busy"], "limit": 1000}, "actor_timestamp_id", 1001),
+        ({"actor": ["busy"], "limit": 1000}, "actor_timestamp_id", 4 * (250 + 1 + PREFETCH)),
         ({"event_type": ["late.0", "late.3"]}, "event_type_timestamp_id", 2 * PAGE + PREFETCH),
         ({"event_type": ["rare"]}, "event_type_timestamp_id", 5),
         ({"actor": ["busy"], "tenant": "acme"}, "actor_timestamp_id", PAGE),
