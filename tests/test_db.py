@@ -61,7 +61,7 @@ def test_each_end_of_a_connection_notices_within_the_same_time_that_the_other_va
     }
     ask = text("SELECT name, setting::integer FROM pg_settings WHERE name = ANY (:names)")
     over_tcp = URL.create("postgresql+psycopg2", SUPERUSER, host="127.0.0.1", port=port, database=SUPERUSER)
-    for url, expected in ((over_tcp, settings), (own_cluster.url(), dict.fromkeys(settings, 0))):
+    for url, expected in ((over_tcp, settings), (own_cluster.url().set(port=port), dict.fromkeys(settings, 0))):
         with closing(Database(url)) as database, database.engine.connect() as connection:
             assert {row.name: row.setting for row in connection.execute(ask, {"names": list(settings)})} == expected
     assert "keepalive" not in (own_cluster.data_dir / "server.log").read_text()
