@@ -13,7 +13,6 @@ from test_filters import list_all, post_all, short_walks
 from verify import assert_ledger_consistent
 
 import migrations
-
 from queries import listing
 
 OLDEST = datetime(2026, 1, 1, tzinfo=UTC)
