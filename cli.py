@@ -288,7 +288,10 @@ def _cosign(database: Database, signer: Signer, arguments: Namespace) -> None:
 def _continue_log(database: Database, signer: Signer, arguments: Namespace) -> None:
     note = Path(arguments.checkpoint).read_text()
     found = record_continuation(database, note, parse_verifier(arguments.key), signer.name, arguments.by)
-    print(f"{found.old.origin} vouched for {found.old.size} events: {found.kept} are here, {found.lost} are lost.")
+    print(
+        f"{found.old.origin} vouched for {found.old.size} events: at least {found.kept_at_least} are here,"
+        f" at most {found.lost_at_most} are lost."
+    )
     print(f"Recorded as audit.ledger.continue. {signer.name} goes on.")
 
 

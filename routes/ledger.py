@@ -110,7 +110,7 @@ async def get_checkpoint(request: Request, caller: Reading, wanted: Annotated[Ch
         if note is None:
             raise CheckpointNotFound("No witness has signed a checkpoint yet.")
     else:
-        note = (await state.database.in_thread(state.checkpoints.newest)).note
+        note = (await state.checkpoints.current()).note
     return Response(note, media_type="text/plain; charset=utf-8")
 
 
