@@ -1,5 +1,6 @@
 """`python cli.py verify`: a log that nobody changed passes, whatever happened to it that may happen."""
 
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -117,6 +118,34 @@ def test_checkpoints_of_any_size_are_kept(database: Database, short_ranges: None
     assert_unchanged(database.url, *promises)
     for each in promises[1:]:
         assert verified(database.url, promise(each.head.size, b"\0" * 32)).complaints != []
+
+
+KEEP = """
+    INSERT INTO ledger_checkpoints (origin, size, root, note, signed_at)
+    SELECT origin, size, root, format(E'%%s\n%%s\n%%s\n\n— x AAAAAAAA\n', origin, size, encode(root, 'base64')), now()
+    FROM unnest(%s, %s) AS head (size, root), (SELECT 'log-' || n AS origin FROM generate_series(1, %s) AS n) AS log
+"""
+
+
+def test_of_many_stored_checkpoints_few_are_held_at_once(database: Database) -> None:
+    append_events(database, *plain(600))
+    leaves = leaves_of(database.url)
+    heads = [(size, tree_hash(leaves[:size])) for size in range(0, 601, 2)]
+    with psycopg2.connect(
+        database.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    ) as connection:
+        connection.cursor().execute(KEEP, (*map(list, zip(*heads, strict=True)), 100))
+    tracemalloc.start()
+    verdict = assert_unchanged(database.url)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert verdict.checkpoints == 100 * len(heads)
+    assert peak < 10e6  # bytes: all at once take 14 MB
+    execute(database.url, "DELETE FROM ledger_checkpoints WHERE size > 598")
+    sized = "UPDATE ledger_checkpoints SET size = size + 2 WHERE origin = 'log-7' AND size = 598"
+    execute(database.url, sized)
+    (said,) = verified(database.url).complaints
+    assert said.startswith("The checkpoint of log-7 of size 600 in ledger_checkpoints: the note says something else")
 
 
 def test_redacted_events_are_counted_and_their_leaves_agree(database: Database) -> None:
