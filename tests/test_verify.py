@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ import rfc8785
 from conftest import SIGNER, execute, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from months import append_events, fill_months, partitions_of
+from months import Interruption, append_events, fill_months, interrupted_before, partitions_of
 from sqlalchemy.engine import URL
 from verify import assert_ledger_consistent, doubles, leaf_of, read, tree_hash
 
@@ -24,6 +25,7 @@ from housekeeping.partitions import seal_finished_months
 from housekeeping.retention import apply_retention
 from ledger.entries import personal_part
 from ledger.notes import TreeHead, generate_signer, sign_checkpoint
+from problems import DatabaseUnavailable
 from schemas import RedactionIn
 from verifier import database as verifier
 from verifier.database import Verdict, verify_database
@@ -164,6 +166,26 @@ def test_what_retention_dropped_is_in_the_tree(database: Database, short_ranges:
     verdict = assert_unchanged(database.url)
     assert verdict.dropped == 300
     assert verdict.size > 1000  # what was dropped is in the log
+
+
+@pytest.mark.parametrize("statement", range(8))
+def test_while_a_partition_is_on_its_way_out_nothing_is_told(
+    database: Database, short_ranges: None, statement: int
+) -> None:
+    """Interrupted anywhere, retention leaves a log that passes, or of which nothing is told until it goes on."""
+    fill_months(database, plain(300), plain(700))
+    list(seal_finished_months(database))
+    long_after = partitions_of(database.url)[-1].upper_bound + timedelta(days=400)
+    with suppress(Interruption), interrupted_before(statement):
+        list(apply_retention(database, timedelta(days=1), long_after))
+    if all(partition.is_attached and not partition.is_detaching for partition in partitions_of(database.url)):
+        assert_unchanged(database.url)
+    else:
+        with pytest.raises(DatabaseUnavailable, match="is on its way out"):
+            verified(database.url)
+        assert run_cli(database.url, "verify")[0] == 2
+    list(apply_retention(database, timedelta(days=1), long_after))
+    assert assert_unchanged(database.url).dropped == 300
 
 
 # What PostgreSQL can hold, whoever wrote it.
