@@ -332,6 +332,16 @@ def test_a_changed_tile_is_told_from_a_changed_row(url: URL) -> None:
         ("INSERT INTO ledger_tiles SELECT 0, 3, hashes, root FROM ledger_tiles LIMIT 1", "4 tiles of level 0"),
         ("UPDATE ledger_head SET frontier[1] = sha256('x')", "Events 1 to 512: one of them changed, or ledger_head"),
         ("UPDATE ledger_head SET frontier = '{}'", "Events 1 to 900: one of them changed, or ledger_head"),
+        (
+            "UPDATE ledger_head SET frontier = frontier || sha256('x')",
+            "ledger_head.frontier has 5 hashes, and a log of",
+        ),
+        (
+            "UPDATE ledger_head SET frontier = frontier || NULL::bytea",
+            "ledger_head.frontier has 5 hashes, and a log of",
+        ),
+        ("UPDATE ledger_head SET frontier = frontier[:2]", "ledger_head.frontier has 2 hashes, and a log of"),
+        ("UPDATE ledger_head SET frontier[2] = NULL", "Events 513 to 768: one of them changed, or ledger_head"),
         ("UPDATE ledger_head SET size = 800", f"Events 801 to {COUNT}: {ADDED}"),
         ("UPDATE ledger_head SET first_id = 2", "Events 2 to 65: row changed"),
         ("DELETE FROM ledger_head", "ledger_head has 0 rows"),
