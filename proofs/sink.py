@@ -6,6 +6,8 @@ import urllib.request
 from pathlib import Path
 from typing import Protocol
 
+from ledger.notes import decode_note
+
 _TIMEOUT_S = 5
 _MOST_BYTES = 1_000_000
 _CONTENT_TYPE = "text/plain; charset=utf-8"
@@ -15,7 +17,7 @@ class Sink(Protocol):
     """Where the newest checkpoint is kept. Both raise OSError."""
 
     def read(self) -> str | None:
-        """What is kept there, or None where nothing is yet."""
+        """What is kept there, or None where nothing is yet; raises NoteError where it is no text."""
 
     def write(self, note: str) -> None:
         """Keep this instead."""
@@ -29,7 +31,7 @@ class FileSink:
 
     def read(self) -> str | None:
         try:
-            return self._path.read_text(encoding="utf-8")
+            return decode_note(self._path.read_bytes())
         except FileNotFoundError:
             return None
 
@@ -51,7 +53,7 @@ class UrlSink:
     def read(self) -> str | None:
         try:
             with urllib.request.urlopen(self._url, timeout=_TIMEOUT_S) as answer:  # nosec B310  # noqa: S310 - http(s)
-                return str(answer.read(_MOST_BYTES).decode())
+                return decode_note(answer.read(_MOST_BYTES))
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
