@@ -11,16 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ledger.notes import decode_note
+
 _TIMEOUT_S = 2  # twice: the 5 s that a transaction may wait, db.py, must be enough for read() and write()
 _MOST_BYTES = 1_000_000
 _CONTENT_TYPE = "text/plain; charset=utf-8"
 
 
 class Sink(Protocol):
-    """Where the newest checkpoint is kept. Both raise OSError, and read() ValueError where it is no text."""
+    """Where the newest checkpoint is kept. Both raise OSError."""
 
     def read(self) -> str | None:
-        """What is kept there, or None where nothing is yet."""
+        """What is kept there, or None where nothing is yet; raises NoteError where it is no text."""
 
     def write(self, note: str) -> None:
         """Keep this instead."""
@@ -34,7 +36,7 @@ class FileSink:
 
     def read(self) -> str | None:
         try:
-            return self._path.read_text(encoding="utf-8")
+            return decode_note(self._path.read_bytes())
         except FileNotFoundError:
             return None
 
@@ -76,7 +78,7 @@ class UrlSink:
                 note = answer.read(_MOST_BYTES)
                 if answer.length:  # what read() with a limit leaves unread, and says nothing of
                     raise OSError("the answer was cut off, or is longer than any checkpoint")
-                return note.decode()
+                return decode_note(note)
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
