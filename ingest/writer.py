@@ -1,8 +1,9 @@
 """The group-commit writer: one flush at a time, and whatever arrives meanwhile goes into the next one.
 
 A request is acknowledged only after the commit of the flush that holds its events. What waits is bounded by
-count, and by bytes from the first that is read; past it the answer is 503 at once. The writer's thread owns its
-connection; the event loop owns the totals; the deque between them is appended to by one and popped by the other.
+count, and by bytes from the first that is read, of which one key has three quarters at the most; past it the answer
+is 503 at once. The writer's thread owns its connection; the event loop owns the totals; the deque between them is
+appended to by one and popped by the other.
 """
 
 import asyncio
@@ -75,23 +76,39 @@ class _Waiting:
 class Room:
     """A context: called in it with the size of what is about to be held, raises QueueFull where that is too much."""
 
-    __slots__ = ("_held", "_writer")
+    __slots__ = ("_charged", "_held", "_key_id", "_writer")
 
-    def __init__(self, writer: "Writer") -> None:
+    def __init__(self, writer: "Writer", key_id: str) -> None:
         self._writer = writer
+        self._key_id = key_id
         self._held = 0
+        self._charged = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, size_bytes: int) -> None:
-        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES:
-            raise QueueFull()
+        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES // 4:
+            self._charge(size_bytes)
         self._writer.held_bytes += size_bytes
         self._held += size_bytes
 
+    def _charge(self, size_bytes: int) -> None:
+        """Beyond the first quarter, which is anybody's, count for whom: bodies that trickle in take half at most."""
+        charged = self._writer.charged_bytes.get(self._key_id, 0) + size_bytes
+        if charged > MAX_HELD_BYTES // 2:
+            raise QueueFull("This key sends more at the same time than one key may. Nothing was stored; try again.")
+        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise QueueFull()
+        self._writer.charged_bytes[self._key_id] = charged
+        self._charged += size_bytes
+
     def __exit__(self, *_: object) -> None:
         self._writer.held_bytes -= self._held
+        if self._charged:
+            charged = self._writer.charged_bytes.pop(self._key_id) - self._charged
+            if charged:
+                self._writer.charged_bytes[self._key_id] = charged
 
 
 class Writer:
@@ -104,6 +121,7 @@ class Writer:
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
         self.held_bytes = 0
+        self.charged_bytes: dict[str, int] = {}  # of those, by key
         self._wake = threading.Event()
         self._stopping = False
         self._connection: Connection | None = None
@@ -113,9 +131,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
-    def room(self) -> "Room":
+    def room(self, key_id: str) -> "Room":
         """What one request's body may take of the bytes that are bounded, until it is answered."""
-        return Room(self)
+        return Room(self, key_id)
 
     async def append(self, events: Sequence[Prepared]) -> Appended:
         """Append the events, all or none; return when they are committed.

@@ -62,7 +62,7 @@ class Writes:
         try:
             caller = await admit(scope, headers)
             caller.require("write")
-            with state.writer.room() as room:
+            with state.writer.room(caller.id) as room:
                 status, answer_headers, body = await handler(state, caller, headers, receive, room)
         except ClientDisconnect:
             return

@@ -4,6 +4,8 @@ import ipaddress
 import json
 import os
 import resource
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import execute, running_app, settings_for
+from conftest import eventually, execute, running_app, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
@@ -25,6 +27,7 @@ from housekeeping.rounds import purge_keys
 from ingest import writer
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
+KEY = {"name": "shop", "scopes": ["write"]}
 
 
 def keyed(key: str, **members: Any) -> dict[str, Any]:
@@ -275,6 +278,27 @@ def test_a_full_queue_answers_503_at_once_and_drains(
     full = next(answer.result() for answer in answers if answer.result().status_code == 503)
     assert full.json()["type"] == "urn:audit:problem:queue-full"
     assert int(full.headers["Retry-After"]) > 0
+
+
+def test_bodies_that_trickle_in_under_one_key_leave_room_to_others(
+    own_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MAX_HELD_BYTES", 400_000)
+    slow, other = ({"X-API-Key": own_client.post("/keys", json=KEY).json()["key"]} for _ in range(2))
+    fields = f"Host: x\r\nX-API-Key: {slow['X-API-Key']}\r\nContent-Type: application/json\r\nContent-Length: 999999"
+    begun = f"POST /events/batch HTTP/1.1\r\n{fields}\r\n\r\n".encode() + b" " * 190_000
+    address = own_client.base_url.host, own_client.base_url.port
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2)]
+        for connection in connections:
+            connection.sendall(begun)
+        readable, _, _ = select.select(connections, [], [], 30)
+        refused = readable[0].recv(65_536)
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"This key sends" in refused
+        batch = [{**LOGIN, "resource": "r" * 900}] * 50
+        assert own_client.post("/events/batch", json=batch, headers=other).status_code == 201
+    # What was held is given back.
+    eventually(lambda: own_client.post("/events/batch", json=batch * 3, headers=slow).status_code == 201)
 
 
 def test_a_stop_finishes_what_was_accepted(database_url: URL) -> None:

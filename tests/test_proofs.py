@@ -230,7 +230,13 @@ def test_rows_from_before_the_ledger_have_no_proof(server: Any, database: Databa
         assert client.get("/events/3/proof").status_code == 404
         assert client.get("/events/4/proof").json()["leaf_index"] == 0
         assert json.loads(bundles_of(client, 1)[0])["id"] == 4
-        for huge in ("0/x999/x999/x999/x999/999", "1/x999/x999/x999/x999/999.p/1", "entries/x999/x999/x999/x999/999"):
-            assert client.get(f"/ledger/tile/{huge}").status_code == 404
-        sizes = {"from": 2**63 - 2, "to": 2**63 - 1}
-        assert client.get("/ledger/consistency", params=sizes).status_code == 422
+
+
+def test_what_an_adopted_log_does_not_have_is_told_of_whatever_its_number(database_url: URL) -> None:
+    execute(database_url, "UPDATE ledger_head SET first_id = 60000")
+    with running_app(settings_for(database_url)) as client:
+        for path in ("0/x999/x999/x999/x999/999", "1/x999/x999/x999/x999/999.p/1", "entries/x999/x999/x999/x999/999"):
+            assert client.get(f"/ledger/tile/{path}").json()["type"] == "urn:audit:problem:tile-not-found"
+        for sizes in ((2**63 - 3588, 2**63 - 3333), (2**63 - 2, 2**63 - 1)):
+            answer = client.get("/ledger/consistency", params=dict(zip(("from", "to"), sizes, strict=True)))
+            assert (answer.status_code, answer.json()["errors"][0]["location"]) == (422, "query.to")
