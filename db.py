@@ -48,7 +48,8 @@ _NO_PRIVILEGE_DETAIL = (
 _READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
 _LOCK_INTERVAL_S = 0.1
-_THREADS = 10  # fewer than the connections of the pool, so that none waits for one
+_POOL_SIZE, _MAX_OVERFLOW = 5, 3
+_THREADS = 6  # fewer than the connections of the pool, so that none waits for one
 
 Result = TypeVar("Result")
 
@@ -59,7 +60,14 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         # pre_ping: after a restart of the database the pool notices before a request does.
-        self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=CONNECT_ARGS)
+        self.engine = create_engine(
+            url,
+            pool_size=_POOL_SIZE,
+            max_overflow=_MAX_OVERFLOW,
+            pool_pre_ping=True,
+            pool_timeout=5,
+            connect_args=CONNECT_ARGS,
+        )
         self._threads = CapacityLimiter(_THREADS)
         self._schema_seen_ready = False
 

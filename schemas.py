@@ -175,7 +175,7 @@ class Count(BaseModel):
     """How many events there are."""
 
     count: int
-    capped: bool = Field(description="Whether there are more: counting stops at COUNT_LIMIT")
+    capped: bool = Field(description="Whether there may be more: no more than COUNT_LIMIT events are looked at")
 
 
 class Bucket(BaseModel):

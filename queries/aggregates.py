@@ -15,7 +15,7 @@ from sqlalchemy import Row, Select, and_, bindparam, case, func, literal_column,
 from fields import Interval
 from models import audit_events
 from problems import InvalidFields
-from queries.filters import conditions, values_of
+from queries.filters import UNINDEXED_FIELDS, conditions, values_of
 from queries.lines import BUCKET_JSON
 from queries.listing import find_edge
 from queries.reader import DIALECT, Reader
@@ -38,15 +38,25 @@ _columns = audit_events.c
 
 
 def count_events(reader: Reader, wanted: EventFilter, limit: int) -> tuple[int, bool]:
-    """How many events there are, and whether the counting stopped at the limit."""
-    count: int = _ask(reader, _count, wanted, {"most": limit + 1})[0][0]
-    return min(count, limit), count > limit
+    """How many events there are, and whether the limit was reached before all were looked at: there may be more."""
+    (found,) = _ask(reader, _count, wanted, {"most": limit + 1})
+    return min(found.met, limit), found.looked_at > limit
 
 
 def _count(wanted: EventFilter) -> Select[Any]:
-    """How many events there are, `most` at the most. Indexes: those of the filters."""
-    found = select(true()).select_from(audit_events).where(*conditions(wanted)).limit(bindparam("most")).subquery()
-    return select(func.count()).select_from(found)
+    """How many events were looked at, `most` at the most, and how many of them meet the filters without an index too.
+
+    Indexes: those of the other filters.
+    """
+    given = {name: value for name in UNINDEXED_FIELDS if (value := getattr(wanted, name)) is not None}
+    indexed = wanted.model_copy(update=dict.fromkeys(given))
+    columns: list[Any] = [_columns[name] for name in given] or [true()]
+    looked_at = (
+        select(*columns).select_from(audit_events).where(*conditions(indexed)).limit(bindparam("most")).subquery()
+    )
+    count: Any = func.count()
+    met = count.filter(*conditions(EventFilter().model_copy(update=given), looked_at.c)) if given else count
+    return select(count.label("looked_at"), met.label("met")).select_from(looked_at)
 
 
 def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:

@@ -135,7 +135,7 @@ def list_events(request: Request, caller: Reading, wanted: Annotated[EventListin
 
 @router.get("/count", responses=answer(examples.COUNT))
 def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
-    """How many events there are, counted up to `COUNT_LIMIT`."""
+    """How many events there are among the first `COUNT_LIMIT` that are looked at."""
     wanted, limit = caller.narrow(wanted), request.app.state.settings.count_limit
     count, capped = aggregates.count_events(_reader(request, caller), wanted, limit)
     _record_read(request, caller, "count", wanted, count)

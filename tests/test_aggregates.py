@@ -33,6 +33,20 @@ def test_a_count_is_exact_up_to_the_limit_and_says_when_it_is_not(database_url: 
         assert client.get("/events/count", params={"actor": "bob"}).json() == {"count": 0, "capped": False}
 
 
+def test_a_count_looks_at_no_more_events_than_the_limit(database_url: URL) -> None:
+    with running_app(settings_for(database_url, count_limit=3)) as client:
+        events = at(*["2026-01-01T00:00:00Z"] * 3) + at(*["2026-01-02T00:00:00Z"] * 3, actor="bob")
+        post_all(client, [{**event, "outcome": "denied", "source_ip": "10.0.0.1"} for event in events])
+        for query, count in (
+            ({"outcome": "success"}, 0),
+            ({"outcome": "denied"}, 3),
+            ({"outcome": "denied", "source_ip": "10.0.0.0/8"}, 3),
+        ):
+            assert client.get("/events/count", params=query).json() == {"count": count, "capped": True}
+            for part in ({"actor": "bob"}, {"end": "2026-01-02T00:00:00Z"}):
+                assert client.get("/events/count", params={**query, **part}).json() == {"count": count, "capped": False}
+
+
 def test_a_histogram_has_its_empty_buckets(client: httpx.Client) -> None:
     post_all(client, at("2026-01-01T10:00:00Z", "2026-01-01T11:59:59Z", "2026-01-03T00:00:00Z"))
     days = [("2026-01-01T00:00", 2), ("2026-01-02T00:00", 0), ("2026-01-03T00:00", 1)]

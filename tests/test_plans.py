@@ -301,6 +301,8 @@ def test_a_count_stops_at_its_limit(explained: tuple[Reader, Plans]) -> None:
     reader, plans = explained
     assert aggregates.count_events(reader, EventFilter(), 1000) == (1000, True)
     assert plans.since().rows <= 1001
+    assert aggregates.count_events(reader, EventFilter(resource="nothing"), 1000) == (0, True)
+    assert plans.since().rows <= 1001
 
 
 @pytest.mark.parametrize("tenant", [None, "acme"])
