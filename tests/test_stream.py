@@ -214,7 +214,7 @@ def test_a_cut_listener_costs_the_others_nothing(
         return heard
 
     async def follow() -> None:
-        feed = Feed(reader, gauge, 8)
+        feed = Feed(reader, database, gauge, 8)
         listeners = [await feed.listen(EventFilter(), None, "key", None) for _ in range(8)]
         streams = [listener.frames() for listener in listeners]
         for frames in streams:
@@ -290,6 +290,18 @@ def test_a_wrong_last_event_id_is_named(client: httpx.Client, value: str) -> Non
     assert [error["location"] for error in response.json()["errors"]] == ["header.last-event-id"]
 
 
+def test_beyond_the_newest_event_a_stream_is_refused(client: httpx.Client) -> None:
+    post_all(client, [LOGIN] * 3)
+    with listening(client, after=3) as events:
+        response = client.get("/events/stream", headers={"Last-Event-ID": "4"})
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert error["location"] == "header.last-event-id"
+        assert "beyond 3, the newest event" in error["message"]
+        assert events.ids(0) == []
+    eventually(lambda: open_streams(client) == 0)
+
+
 def test_a_stop_of_the_service_ends_the_streams_at_once(database_url: URL, tmp_path: Path) -> None:
     with served(database_url, tmp_path / "log") as client:
         response = client.send(client.build_request("GET", "/events/stream"), stream=True)
@@ -305,7 +317,7 @@ def test_a_stop_ends_a_stream_that_has_much_to_catch_up_with(database: Database)
     append_events(database, *[LOGIN] * 3_000)
 
     async def catch_up() -> None:
-        feed = Feed(reader, Gauge("streams", "those that are open", registry=None), 1)
+        feed = Feed(reader, database, Gauge("streams", "those that are open", registry=None), 1)
         frames = (await feed.listen(EventFilter(), 0, "key", None)).frames()
         assert await anext(frames) == stream.HEARTBEAT
         assert (await anext(frames)).startswith(b"id: 1\n")
