@@ -1,9 +1,12 @@
 """The types of fields: what a value must be, wherever it comes from, and the one spelling in which it is kept."""
 
 import ipaddress
+import json
 import math
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -22,6 +25,7 @@ from ledger.entries import format_timestamp
 MAX_SAFE_INTEGER = 2**53 - 1  # I-JSON, RFC 7493 section 2.2
 MAX_METADATA_DEPTH = 32
 MAX_METADATA_KEYS = 1_000  # of all its objects together
+MAX_METADATA_BYTES = 65_535  # as jsonb prints it, where it has numbers that grow by this: 1e308 has 309 digits
 MAX_PATTERNS = 100  # actors, or event types, in one filter
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -100,31 +104,57 @@ def _check_time_zone(name: str) -> str:
 
 
 def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    if _check_json(metadata, MAX_METADATA_DEPTH) > MAX_METADATA_KEYS:
+    tally = _Tally()
+    _check_json(metadata, MAX_METADATA_DEPTH, tally)
+    if tally.keys > MAX_METADATA_KEYS:
         raise ValueError(f"must not have more than {MAX_METADATA_KEYS} keys")
+    if tally.added_digits and _printed_bytes(metadata) + tally.added_digits > MAX_METADATA_BYTES:
+        raise ValueError(
+            f"must not be larger than {MAX_METADATA_BYTES} bytes with its numbers written without exponent"
+        )
     return metadata
 
 
-def _check_json(value: object, depth: int) -> int:
-    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged; how many keys there are."""
-    keys = 0
+@dataclass(slots=True)
+class _Tally:
+    """What metadata has of what is bounded over the whole of it."""
+
+    keys: int = 0
+    added_digits: int = 0  # where jsonb prints what Python writes with an exponent
+
+
+def _check_json(value: object, depth: int, tally: _Tally) -> None:
+    """Refuse what I-JSON (RFC 7493) or jsonb cannot carry unchanged, and count what there is."""
     if depth == 0:
         raise ValueError(f"must not nest deeper than {MAX_METADATA_DEPTH} levels")
     if isinstance(value, dict):
-        keys = len(value)
+        tally.keys += len(value)
         for key, member in value.items():
             _refuse_nul(key)
-            keys += _check_json(member, depth - 1)
+            _check_json(member, depth - 1, tally)
     elif isinstance(value, list):
         for member in value:
-            keys += _check_json(member, depth - 1)
+            _check_json(member, depth - 1, tally)
     elif isinstance(value, str):
         _refuse_nul(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must not contain a number outside the range of IEEE 754 doubles")
+    elif isinstance(value, float):
+        _check_float(value, tally)
     elif isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
         raise ValueError(f"must not contain an integer beyond ±{MAX_SAFE_INTEGER}; send it as a string")
-    return keys
+
+
+def _check_float(value: float, tally: _Tally) -> None:
+    if 1e-4 <= abs(value) < 1e16 or value == 0:
+        return  # repr() writes it out
+    if not math.isfinite(value):
+        raise ValueError("must not contain a number outside the range of IEEE 754 doubles")
+    written = repr(value)
+    tally.added_digits += len(format(Decimal(written), "f")) - len(written)
+
+
+def _printed_bytes(metadata: dict[str, Any]) -> int:
+    """How long it is as jsonb prints it, which is with spaces, as Python does."""
+    return len(json.dumps(metadata, ensure_ascii=False).encode(errors="surrogatepass"))
 
 
 def names(text: str, person: str) -> bool:

@@ -94,7 +94,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.authenticator = Authenticator(api_key, memory)
             app.state.reader = Reader(replica, replica.url, app.state.settings.query_timeout)
             app.state.exports = Exports(app.state.reader, app.state.metrics.exports)
-            app.state.feed = Feed(app.state.reader, app.state.metrics.streams, app.state.settings.max_streams_per_key)
+            streams_a_key = app.state.settings.max_streams_per_key
+            app.state.feed = Feed(app.state.reader, database, app.state.metrics.streams, streams_a_key)
             app.state.writer = Writer(database, owner)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
             app.state.checkpoints = Checkpoints(database, signer, sink_at(app.state.settings.checkpoint_sink))

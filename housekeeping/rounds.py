@@ -28,22 +28,35 @@ _PURGE_KEYS = text(
     " WHERE recorded_at < now() - :window ORDER BY recorded_at LIMIT :batch FOR UPDATE SKIP LOCKED)"
 )
 _FIRST_EVENT = text("SELECT id, recorded_at FROM audit_events ORDER BY id LIMIT 1")  # index: audit_events_pkey
+_DATABASE_NOW = text("SELECT clock_timestamp()")
 _HOLDS_IN_FORCE = text("SELECT count(*) FROM legal_holds WHERE released_at IS NULL")  # few: no index
 
 
 async def keep_house(database: Database, settings: Settings, metrics: Metrics) -> None:
     """Run for ever in the background. Failing changes nothing today: there are three months to succeed."""
     while True:
-        is_done = await run_in_threadpool(do_round, database, settings, metrics, datetime.now(UTC))
+        is_done = await run_in_threadpool(do_round, database, settings, metrics)
         await asyncio.sleep(_INTERVAL_S if is_done else _RETRY_INTERVAL_S)
 
 
-def do_round(database: Database, settings: Settings, metrics: Metrics, now: datetime) -> bool:
+def earlier_now(database: Database) -> datetime:
+    """By this host's clock or the database's: what was dropped because one of them is ahead does not come back."""
+    with database.transaction() as connection:
+        database_now: datetime = connection.scalars(_DATABASE_NOW).one()
+    return min(datetime.now(UTC), database_now)
+
+
+def do_round(
+    database: Database,
+    settings: Settings,
+    metrics: Metrics,
+    clock: Callable[[Database], datetime] = earlier_now,
+) -> bool:
     """Do each job once; return whether all succeeded. One that fails keeps no other from being done."""
     jobs: list[Callable[[], None]] = [
         lambda: _create_months(database),
         lambda: _seal_months(database),
-        lambda: _apply_retention(database, settings, metrics, now),
+        lambda: _apply_retention(database, settings, metrics, clock),
         lambda: _rewrite_erased(database),
         lambda: _purge_keys(database, settings),
         lambda: _measure(database, metrics),
@@ -73,8 +86,10 @@ def _seal_months(database: Database) -> None:
         logger.info("sealed partition %s", partition)
 
 
-def _apply_retention(database: Database, settings: Settings, metrics: Metrics, now: datetime) -> None:
-    for partition in apply_retention(database, settings.retention, now):
+def _apply_retention(
+    database: Database, settings: Settings, metrics: Metrics, clock: Callable[[Database], datetime]
+) -> None:
+    for partition in apply_retention(database, settings.retention, clock(database)):
         metrics.partitions_dropped.inc()
         logger.info("dropped partition %s, which had expired", partition)
 

@@ -30,8 +30,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.sql.visitors import replacement_traverse
 
+from db import Database
 from models import audit_events
-from problems import DatabaseUnavailable, Problem, ShuttingDown, TooManyReaders, TooManyStreams
+from problems import DatabaseUnavailable, InvalidFields, Problem, ShuttingDown, TooManyReaders, TooManyStreams
 from queries.filters import conditions
 from queries.lines import SSE_FRAME
 from queries.pages import Selection, read_newest_id, read_pages
@@ -71,8 +72,9 @@ class _News:
 class Feed:
     """Follows the log for all listeners of this process, while there are any."""
 
-    def __init__(self, reader: Reader, gauge: Gauge, most_a_key: int) -> None:
+    def __init__(self, reader: Reader, database: Database, gauge: Gauge, most_a_key: int) -> None:
         self._reader = reader
+        self._database = database  # that is written to: no replica is ahead of it
         self._gauge = gauge
         self._most_a_key = most_a_key
         self._open: Counter[str] = Counter()  # by the id of the key
@@ -88,7 +90,7 @@ class Feed:
         """A listener that gets what comes behind the event `after`, or from now on. It is to be closed.
 
         `tenant`: the one that the caller's key is bound to, if any; the filter is, too.
-        Raises TooManyStreams, TooManyReaders or ShuttingDown.
+        Raises TooManyStreams, TooManyReaders, ShuttingDown, or InvalidFields where the log has no such event yet.
         """
         if self._is_stopping:
             raise ShuttingDown()
@@ -99,6 +101,8 @@ class Feed:
         self._open[key_id] += 1  # before anybody else gets a turn
         try:
             newest = await self._reader.scan(read_newest_id)
+            if after is not None and after > newest:  # or else a replica has not reached it
+                await self._database.in_thread(_refuse_beyond_the_newest, self._database, after)
         except BaseException:
             self._forget(key_id)
             raise
@@ -273,6 +277,15 @@ class Listener:
         self._news.clear()
         self.count += len(frames)
         return b"".join(frames)
+
+
+def _refuse_beyond_the_newest(database: Database, after: int) -> None:
+    """Raise InvalidFields: to wait for this id would leave out, unseen, what gets the ids up to it."""
+    with database.transaction() as connection:
+        newest = read_newest_id(connection)
+    if after > newest:
+        message = f"must not be beyond {newest}, the newest event: this is another log, or was restored from a backup"
+        raise InvalidFields(errors=[{"location": "header.last-event-id", "message": message}])
 
 
 def _tell(groups: Sequence[_Group], news: _News) -> None:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fields import MAX_METADATA_BYTES
 from routes.bodies import MAX_BODY_BYTES
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
@@ -164,6 +166,21 @@ def test_deep_metadata_is_refused_and_shallow_kept(client: httpx.Client) -> None
 
     assert post(client, {**LOGIN, "metadata": nested(31)}).status_code == 201
     assert locations(post(client, {**LOGIN, "metadata": nested(32)})) == ["body.metadata"]
+
+
+@pytest.mark.parametrize("number", [1e308, -1e308, 5e-324, 1.2345e-300, 1e16, 9.9e-5])
+def test_metadata_is_as_large_as_it_is_read_back(client: httpx.Client, number: float) -> None:
+    def with_numbers(count: int) -> dict[str, Any]:
+        return {**LOGIN, "metadata": {"n": [number] * count}}
+
+    length = len(format(Decimal(repr(number)), "f"))
+    most = (MAX_METADATA_BYTES - len('{"n": []}') + 2) // (length + 2)
+    posted = post(client, with_numbers(most))
+    assert posted.status_code == 201
+    text = client.get(f"/events/{posted.json()['id']}").text
+    printed = text[text.index('{"n"') : text.index("]}") + 2]
+    assert MAX_METADATA_BYTES - length - 2 < len(printed) <= MAX_METADATA_BYTES
+    assert locations(post(client, with_numbers(most + 1))) == ["body.metadata"]
 
 
 def test_metadata_has_at_most_a_thousand_keys_over_all_its_objects(client: httpx.Client) -> None:

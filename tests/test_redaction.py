@@ -409,7 +409,7 @@ def test_what_everybody_writes_to_is_rewritten_when_small_or_over(
     assert rewrite.relations_due(database) == [month]
     fill_months(database, [BOB])
     append_events(database, BOB, recorded_at=_bound_of(database, month))
-    do_round(database, settings_for(database.url), Metrics(), _bound_of(database, month))
+    do_round(database, settings_for(database.url), Metrics(), lambda _: _bound_of(database, month))
     assert rewrite.relations_due(database) == []
 
 

@@ -85,6 +85,21 @@ def test_a_stream_follows_the_standby(replicated: tuple[httpx.Client, Cluster]) 
         assert next(piece for piece in pieces if not piece.startswith(b":")).startswith(b"id: 1\n")
 
 
+def test_a_stream_goes_on_behind_an_event_that_the_standby_has_not_reached(
+    replicated: tuple[httpx.Client, Cluster],
+) -> None:
+    client, standby = replicated
+    execute(standby.url("audit"), "SELECT pg_wal_replay_pause()")
+    client.post("/events", json=LOGIN)
+    assert client.get("/events/stream", headers={"Last-Event-ID": "2"}).status_code == 422
+    with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "1"}) as response:
+        pieces = response.iter_raw()
+        next(pieces)
+        execute(standby.url("audit"), "SELECT pg_wal_replay_resume()")
+        client.post("/events", json=LOGIN)
+        assert next(piece for piece in pieces if not piece.startswith(b":")).startswith(b"id: 2\n")
+
+
 def test_without_the_standby_reads_are_a_503_and_writes_go_on(replicated: tuple[httpx.Client, Cluster]) -> None:
     client, standby = replicated
     assert client.post("/events", json=LOGIN).status_code == 201

@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from db import Database
-from housekeeping import holds
+from housekeeping import holds, rounds
 from housekeeping.partitions import UPKEEP_LOCK, seal_finished_months
 from housekeeping.retention import apply_retention
 from housekeeping.rounds import do_round
@@ -370,7 +370,7 @@ def test_housekeeping_applies_the_setting_and_counts(database: Database, databas
     fill_log(database)
     metrics = Metrics()
     place(database, actor="nobody")
-    assert do_round(database, settings_for(database_url, retention=YEAR), metrics, long_after(database))
+    assert do_round(database, settings_for(database_url, retention=YEAR), metrics, long_after)
 
     def value(name: str) -> float | None:
         return metrics.registry.get_sample_value(name)
@@ -383,12 +383,30 @@ def test_housekeeping_applies_the_setting_and_counts(database: Database, databas
     assert value("audit_first_event_recorded_seconds") == pytest.approx(float(recorded_at))
 
 
+@pytest.mark.parametrize("ahead", [3 * YEAR, -3 * YEAR], ids=["ahead", "behind"])
+def test_of_the_hosts_clock_and_the_databases_the_earlier_one_decides(
+    database: Database, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls.fromtimestamp((datetime.now(tz) + ahead).timestamp(), tz)
+
+    fill_log(database)
+    kept = names(database)
+    monkeypatch.setattr(rounds, "datetime", Clock)
+    assert do_round(database, settings_for(database.url, retention=YEAR), Metrics())
+    assert names(database) == kept
+    now = datetime.now(UTC) + min(ahead, timedelta(0))
+    assert abs(rounds.earlier_now(database) - now) < timedelta(minutes=1)
+
+
 def test_a_job_that_fails_keeps_no_other_from_being_done(database: Database, database_url: URL) -> None:
     fill_log(database)
     execute(database_url, "ALTER TABLE audit_events_adopted DROP CONSTRAINT audit_events_month_is_over")
     metrics = Metrics()
     with create_engine(database_url, poolclass=NullPool).begin() as reader:
         reader.execute(text("SELECT count(*) FROM audit_events"))
-        assert not do_round(database, settings_for(database_url), metrics, long_after(database))
+        assert not do_round(database, settings_for(database_url), metrics, long_after)
     assert metrics.registry.get_sample_value("audit_partitions") == 5
-    assert do_round(database, settings_for(database_url), metrics, long_after(database))
+    assert do_round(database, settings_for(database_url), metrics, long_after)

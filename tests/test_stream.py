@@ -19,7 +19,7 @@ from conftest import API_KEY, eventually, execute, running_app, served, settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from months import append_events
-from prometheus_client import Gauge
+from prometheus_client import CollectorRegistry, Gauge
 from sqlalchemy.engine import URL
 from test_db import assert_unavailable
 
@@ -205,7 +205,8 @@ def test_a_cut_listener_costs_the_others_nothing(
     monkeypatch.setattr(stream, "HEARTBEAT_S", 0.01)
     monkeypatch.setattr(stream, "MAX_WAITING_BYTES", 2_500)  # two events, and not three
     event = {**LOGIN, "metadata": {"padding": "x" * 800}}
-    gauge = Gauge("streams", "those that are open", registry=None)
+    registry = CollectorRegistry()
+    gauge = Gauge("streams", "those that are open", registry=registry)
 
     async def hear(frames: AsyncGenerator[bytes, None], last: int) -> list[int]:
         heard: list[int] = []
@@ -214,7 +215,7 @@ def test_a_cut_listener_costs_the_others_nothing(
         return heard
 
     async def follow() -> None:
-        feed = Feed(reader, gauge, 8)
+        feed = Feed(reader, database, gauge, 8)
         listeners = [await feed.listen(EventFilter(), None, "key", None) for _ in range(8)]
         streams = [listener.frames() for listener in listeners]
         for frames in streams:
@@ -224,7 +225,7 @@ def test_a_cut_listener_costs_the_others_nothing(
             append_events(database, event)
             assert [await hear(frames, number) for frames in slow] == [[number]] * 4
         append_events(database, event)
-        while next(iter(gauge.collect())).samples[0].value > 4:
+        while registry.get_sample_value("streams") != 4:
             await asyncio.sleep(0.01)
         for event_id in (2, 3):
             listeners[0].tell(event_id, b"id: %d\n" % event_id)  # as after a poll that failed half-way
@@ -290,6 +291,18 @@ def test_a_wrong_last_event_id_is_named(client: httpx.Client, value: str) -> Non
     assert [error["location"] for error in response.json()["errors"]] == ["header.last-event-id"]
 
 
+def test_beyond_the_newest_event_a_stream_is_refused(client: httpx.Client) -> None:
+    post_all(client, [LOGIN] * 3)
+    with listening(client, after=3) as events:
+        response = client.get("/events/stream", headers={"Last-Event-ID": "4"})
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert error["location"] == "header.last-event-id"
+        assert "beyond 3, the newest event" in error["message"]
+        assert events.ids(0) == []
+    eventually(lambda: open_streams(client) == 0)
+
+
 def test_a_stop_of_the_service_ends_the_streams_at_once(database_url: URL, tmp_path: Path) -> None:
     with served(database_url, tmp_path / "log") as client:
         response = client.send(client.build_request("GET", "/events/stream"), stream=True)
@@ -305,7 +318,7 @@ def test_a_stop_ends_a_stream_that_has_much_to_catch_up_with(database: Database)
     append_events(database, *[LOGIN] * 3_000)
 
     async def catch_up() -> None:
-        feed = Feed(reader, Gauge("streams", "those that are open", registry=None), 1)
+        feed = Feed(reader, database, Gauge("streams", "those that are open", registry=None), 1)
         frames = (await feed.listen(EventFilter(), 0, "key", None)).frames()
         assert await anext(frames) == stream.HEARTBEAT
         assert (await anext(frames)).startswith(b"id: 1\n")
