@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -109,6 +110,23 @@ def test_batches_are_bounded_by_count_and_by_bytes(client: httpx.Client) -> None
     padding = " " * (16 * 1024 * 1024)
     assert client.post("/events/batch", content=f"[{padding}]").status_code == 413
     assert stored(client) == 0
+
+
+def test_a_large_batch_leaves_others_their_turns(client: httpx.Client) -> None:
+    """Lists of numbers are what takes longest to check, a second and more; the last event is wrong."""
+    event = json.dumps(keyed("k", metadata={"list": [1] * 16_000}), separators=(",", ":"))
+    content = f"[{','.join([event] * 250)},{{}}]"
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        answer = pool.submit(client.post, "/events/batch", content=content)
+        while not answer.done():
+            asked = time.monotonic()
+            assert client.get("/health").status_code == 200
+            waits.append(time.monotonic() - asked)
+        took = time.monotonic() - start
+    assert answer.result().status_code == 422
+    assert max(waits) < took / 2
 
 
 def test_a_repeated_key_answers_200_with_the_first_event(client: httpx.Client) -> None:
