@@ -7,24 +7,29 @@ import resource
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 from conftest import eventually, execute, running_app, settings_for
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from config import Settings
 from db import Database
 from housekeeping.rounds import purge_keys
 from ingest import writer
+from main import create_app
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 KEY = {"name": "shop", "scopes": ["write"]}
@@ -108,6 +113,23 @@ def test_batches_are_bounded_by_count_and_by_bytes(client: httpx.Client) -> None
     padding = " " * (16 * 1024 * 1024)
     assert client.post("/events/batch", content=f"[{padding}]").status_code == 413
     assert stored(client) == 0
+
+
+def test_a_large_batch_leaves_others_their_turns(client: httpx.Client) -> None:
+    """Lists of numbers are what takes longest to check, a second and more; the last event is wrong."""
+    event = json.dumps(keyed("k", metadata={"list": [1] * 16_000}), separators=(",", ":"))
+    content = f"[{','.join([event] * 250)},{{}}]"
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        answer = pool.submit(client.post, "/events/batch", content=content)
+        while not answer.done():
+            asked = time.monotonic()
+            assert client.get("/health").status_code == 200
+            waits.append(time.monotonic() - asked)
+        took = time.monotonic() - start
+    assert answer.result().status_code == 422
+    assert max(waits) < took / 2
 
 
 def test_a_repeated_key_answers_200_with_the_first_event(client: httpx.Client) -> None:
@@ -215,6 +237,71 @@ def test_a_flush_makes_the_month_that_is_missing(own_client: httpx.Client, datab
     )
     execute(database_url, f"DROP TABLE {', '.join(months)}")
     assert own_client.post("/events", json=LOGIN).status_code == 201
+
+
+def test_a_month_that_cannot_be_made_is_tried_once(
+    own_client: httpx.Client, database_url: URL, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hole in the middle: months are made behind the newest one."""
+    first = own_client.post("/events", json=keyed("k"))
+    month = execute(database_url, "SELECT tableoid::regclass::text FROM audit_events")
+    bounds = execute(
+        database_url, f"SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = '{month}'::regclass"
+    )
+    execute(database_url, f"ALTER TABLE audit_events DETACH PARTITION {month}")
+    assert [own_client.post("/events", json=LOGIN).status_code for _ in range(2)] == [500, 500]
+    assert "unforeseen" not in caplog.text
+    execute(database_url, f"ALTER TABLE audit_events ATTACH PARTITION {month} {bounds}")
+    assert own_client.post("/events", json=keyed("k")).json() == first.json()
+    assert own_client.post("/events", json=LOGIN).json()["id"] == 2
+
+
+@contextmanager
+def held_head(url: URL) -> Iterator[None]:
+    """Nobody appends while the block runs, however long."""
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM ledger_head FOR UPDATE")
+        yield
+
+
+@pytest.fixture
+def own_app(database_url: URL) -> Iterator[tuple[httpx.Client, FastAPI]]:
+    """A service, and what it is made of."""
+    app = create_app(settings_for(database_url))
+    with running_app(settings_for(database_url), app) as client:
+        yield client, app
+    assert_ledger_consistent(database_url)
+
+
+RICH = {**LOGIN, "metadata": {f"key-{n}": n for n in range(1_000)}}
+LONG = {**LOGIN, "metadata": {"text": "x" * 60_000}}
+
+
+@pytest.mark.parametrize(
+    ("batches", "lengths"),
+    [
+        ([[LOGIN] * 900] * 5, [1_800, 1_800, 900]),
+        ([[RICH]] * 30, [24, 6]),
+        ([[LONG]] * 30, [26, 4]),
+        ([[LOGIN], [RICH] * 100, [LOGIN]], [1, 100, 1]),
+    ],
+    ids=["by count", "by members", "by bytes", "one that is too large goes alone"],
+)
+def test_a_flush_is_bounded(
+    own_app: tuple[httpx.Client, FastAPI], database_url: URL, batches: list[Any], lengths: list[int]
+) -> None:
+    client, app = own_app
+    with ThreadPoolExecutor(len(batches) + 1) as pool:
+        with held_head(database_url):
+            answers = [pool.submit(post_batch, client, [LOGIN])]
+            eventually(lambda: app.state.writer._queued_events == 1 and not app.state.writer._queue)
+            for number, batch in enumerate(batches, 1):
+                answers.append(pool.submit(post_batch, client, batch))
+                eventually(lambda number=number: len(app.state.writer._queue) == number)  # type: ignore[misc]
+        assert {answer.result().status_code for answer in answers} == {201}
+    flushes = "SELECT recorded_at, count(*) FROM audit_events WHERE id > 1 GROUP BY recorded_at ORDER BY recorded_at"
+    counts = execute(database_url, f"SELECT array_agg(count) FROM ({flushes}) AS flush")
+    assert counts == lengths
 
 
 def test_recorded_at_never_falls_behind_the_head(own_client: httpx.Client, database_url: URL) -> None:
