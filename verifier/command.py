@@ -139,6 +139,8 @@ def _verify_export(_: Settings, arguments: Namespace, key: Verifier | None) -> i
     complaints = _first_of(proved.differences)
     if not proved.is_complete:
         complaints.append("The export is cut: it lacks the last line, which says how many events it has.")
+    if proved.has_more:
+        complaints.append("There is more behind the last line of the export.")
     return conclude(complaints, "", "What is not in the export, for instance because of its filters, it does not show.")
 
 
