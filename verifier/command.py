@@ -12,7 +12,7 @@ from tqdm import tqdm
 from auth import api_key_in_force
 from config import ConfigurationError, Settings
 from db import open_database
-from ledger.notes import NoteError, Verifier, open_checkpoint, parse_note, parse_tree_head, parse_verifier
+from ledger.notes import NoteError, Verifier, decode_note, open_checkpoint, parse_note, parse_tree_head, parse_verifier
 from problems import Problem
 from proofs.sink import FileSink
 from verifier.database import Verdict, verify_database
@@ -119,7 +119,9 @@ def _verify_remote(settings: Settings, arguments: Namespace, key: Verifier | Non
         )
     basis = f"Nothing was known of this log: its checkpoint is trusted from now on, in {arguments.checkpoint}."
     if old is not None:
-        basis = f"It begins with the {old.size} events of the checkpoint that you had; {arguments.checkpoint} is new."
+        basis = (
+            f"It begins with the tree of {old.size} events that you had a checkpoint of; {arguments.checkpoint} is new."
+        )
     if seen.start:
         basis = f"{basis} Entries below leaf {seen.start} were not read: --all reads them."
     if not seen.complaints:
@@ -137,6 +139,8 @@ def _verify_export(_: Settings, arguments: Namespace, key: Verifier | None) -> i
     complaints = _first_of(proved.differences)
     if not proved.is_complete:
         complaints.append("The export is cut: it lacks the last line, which says how many events it has.")
+    if proved.has_more:
+        complaints.append("There is more behind the last line of the export.")
     return conclude(complaints, "", "What is not in the export, for instance because of its filters, it does not show.")
 
 
@@ -157,7 +161,7 @@ def _progress(bar: "tqdm[NoReturn]") -> Callable[[int, int], object]:
 
 def read_promise(path: Path, key: Verifier | None) -> Promise:
     """The checkpoint in this file, its signature checked where the key is known; raises NoteError, OSError."""
-    note = path.read_text(encoding="utf-8")
+    note = decode_note(path.read_bytes())
     head = parse_tree_head(parse_note(note).text) if key is None else open_checkpoint(note, key)[0]
     return Promise(head, f"the checkpoint in {path}")
 

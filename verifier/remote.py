@@ -5,17 +5,20 @@ c2sp.org/tlog-tiles. Entries are hashed to leaves and leaves to the root; what t
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
-from ledger.notes import TreeHead, Verifier, open_checkpoint
+from ledger.notes import TreeHead, Verifier, decode_note, open_checkpoint
 from ledger.tree import TILE_WIDTH, TileId, hash_leaf, split_hashes, tile_width
 from verifier.tree import GrowingTree, edge_of, fold
 
 _AT_ONCE = 24  # tiles on their way, each with its bundle
 _TIMEOUT_S = 30
+_LAST_PORT = 0xFFFF
+_MOST_BYTES = TILE_WIDTH * (2 + 0xFFFF)  # of a bundle whose entries are as long as can be
 
 
 class RemoteError(Exception):
@@ -40,14 +43,7 @@ class _Log:
         self._client = client
 
     async def read(self, path: str) -> bytes | None:
-        """The resource, decompressed; None where the log does not have it. Raises RemoteError."""
-        try:
-            answer = await self._client.get(path)
-        except httpx.HTTPError as error:
-            raise RemoteError(f"{self._client.base_url}: {error or type(error).__name__}") from None
-        if answer.status_code not in (200, 404):
-            raise RemoteError(f"{answer.url}: {answer.status_code} {answer.text[:200]}")
-        return answer.content if answer.status_code == 200 else None
+        return await read_resource(self._client, path)
 
     async def read_tile(self, tile: TileId, size: int) -> list[bytes] | None:
         """A tile's hashes, as many as a tree of this size has in it; None where they are not served as such."""
@@ -76,18 +72,51 @@ async def verify_remote(
     `pruned`: how many leaves, the first ones, may lack their entries. Only the caller knows what retention dropped.
     Raises RemoteError, and NoteError where the checkpoint is not one of this key's.
     """
-    limits = httpx.Limits(max_connections=_AT_ONCE)
-    headers = {"X-API-Key": api_key}
-    base_url = f"{url.rstrip('/')}/ledger/"
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=_TIMEOUT_S) as client:
+    async with open_client(f"{url.rstrip('/')}/ledger/", api_key, _AT_ONCE) as client:
         log = _Log(client)
-        note = (await log.read("checkpoint") or b"").decode()
+        note = decode_note(await log.read("checkpoint") or b"")
         seen = Seen(open_checkpoint(note, key)[0], note)
         if old is not None and old.size > seen.head.size:
             seen.complaints.append(f"You have a checkpoint of {old.size} events, and the log has {seen.head.size}.")
         else:
             await _Walk(log, seen, old, pruned).go(0 if old is None or is_whole else old.size // TILE_WIDTH, advance)
     return seen
+
+
+def open_client(url: str, api_key: str, at_once: int) -> httpx.AsyncClient:
+    """For so many requests at a time to what is below this URL; raises RemoteError where it is none."""
+    limits = httpx.Limits(max_connections=at_once)
+    try:
+        if (httpx.URL(url).port or 0) > _LAST_PORT:
+            raise ValueError(f"no port is higher than {_LAST_PORT}")
+        return httpx.AsyncClient(base_url=url, headers={"X-API-Key": api_key}, limits=limits, timeout=_TIMEOUT_S)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise RemoteError(f"{url}: {error}") from None
+
+
+async def read_resource(client: httpx.AsyncClient, path: str) -> bytes | None:
+    """The resource, decompressed; None where the server does not have it. Raises RemoteError."""
+    body = b""
+    try:
+        async with client.stream("GET", path) as answer:
+            async for piece in answer.aiter_bytes():
+                body += piece
+                if len(body) > _MOST_BYTES:
+                    raise RemoteError(f"{answer.url}: it is longer than {_MOST_BYTES} bytes")
+    except (httpx.HTTPError, ValueError) as error:
+        raise RemoteError(f"{client.base_url}: {str(error) or type(error).__name__}") from None
+    if answer.status_code not in (200, 404):
+        # On a terminal it must not say more than it does.
+        said = "".join(filter(str.isprintable, body[:200].decode(errors="replace")))
+        raise RemoteError(f"{answer.url}: {answer.status_code} {said}")
+    return body if answer.status_code == 200 else None
+
+
+async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """End what nobody waits for any more; what it fails with is of no interest."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Walk:
@@ -159,8 +188,7 @@ class _Walk:
                     return
                 yield done, *read
         finally:
-            for task in waiting:
-                task.cancel()
+            await cancel(waiting)
 
     async def _read_leaves(self, index: int) -> tuple[Sequence[bytes], bool] | None:
         """The leaves of a tile's entries, or of missing ones as the tile has them; None where they do not agree."""
