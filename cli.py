@@ -189,11 +189,11 @@ def _on_redaction(settings: Settings, arguments: Namespace) -> int:
         wanted = RedactionIn(**{name: getattr(arguments, name) for name in ("actor", "tenant", "ids", "reason")})
         with open_database(settings) as service, open_owner(settings, service) as database:
             extent = redaction.measure(database, wanted, arguments.by)
-            print(f"{len(extent.ids)} events to redact, {extent.held} kept by legal holds")
+            print(f"{extent.count} events to redact, {extent.held} kept by legal holds")
             if not arguments.yes:
                 print("Nothing was erased: this was a dry run. Add --yes to erase.")
                 return 0
-            return _redact(database, wanted, arguments.by, len(extent.ids))
+            return _redact(database, wanted, arguments.by, extent.count)
     except ValidationError as error:
         print(f"audit-service: {error.errors()[0]['msg']}", file=sys.stderr)
         return 2

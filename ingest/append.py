@@ -63,8 +63,11 @@ class KeyConflict:
 Outcome = Appended | KeyConflict
 
 
-def prepare_event(event: EventIn, now: datetime) -> Prepared:
-    """Hash the personal part and write the row; `now` stands in for a timestamp that was not sent."""
+def prepare_event(event: EventIn, now: datetime, trace_id: str | None = None) -> Prepared:
+    """Hash the personal part and write the row. `now` and `trace_id` stand in for what the event does not say.
+
+    Neither is in the request's hash: a client that sends it again does so later, and in another trace.
+    """
     row: dict[str, Any] = {name: value for name, value in event.__dict__.items() if value is not None}
     key = row.pop("idempotency_key", None)
     timestamp = entries.format_timestamp(event.timestamp or now)
@@ -72,6 +75,8 @@ def prepare_event(event: EventIn, now: datetime) -> Prepared:
         row["timestamp"] = timestamp
     request_hash = None if key is None else sha256(entries.canonical_json(row)).digest()
     row["timestamp"] = timestamp
+    if trace_id is not None:
+        row.setdefault("trace_id", trace_id)
     nonce = secrets.token_bytes(entries.NONCE_BYTES)
     row["personal_hash"] = entries.hash_personal_part(nonce, entries.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
@@ -94,15 +99,13 @@ def submission_of(events: Sequence[Prepared]) -> Submission:
         if place == len(unique):
             unique.append(event)
         elif unique[place].request_hash != event.request_hash:
-            raise conflict_at(index, len(events))
+            raise conflict_at(index)
         places.append(place)
     return Submission(unique, places, first_places.keys())
 
 
-def conflict_at(index: int, count: int) -> IdempotencyConflict:
-    """The key of the event at this index, of so many, was used before."""
-    if count == 1:
-        return IdempotencyConflict()
+def conflict_at(index: int) -> IdempotencyConflict:
+    """The key of the event at this index of a batch was used before."""
     location = f"body.{index}.idempotency_key"
     return IdempotencyConflict(errors=[{"location": location, "message": "was used before, with another event"}])
 

@@ -295,7 +295,11 @@ class Writer:
 
 def _has_ended(connection: Connection) -> bool:
     """Whether the server has closed it: nothing else is there to read while nothing was asked."""
-    return bool(connection.closed or select.select([connection], [], [], 0)[0])
+    if connection.closed:
+        return True
+    poll = select.poll()  # select() takes no descriptor beyond 1,023
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_lost(error: psycopg2.Error) -> bool:
@@ -321,6 +325,6 @@ def _answer(piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> 
         if isinstance(result, Problem):
             waiting.answer.set_exception(copy.copy(result))  # each request raises one of its own
         elif isinstance(result, KeyConflict):
-            waiting.answer.set_exception(conflict_at(result.index, len(waiting.submission.places)))
+            waiting.answer.set_exception(conflict_at(result.index))
         else:
             waiting.answer.set_result(result)

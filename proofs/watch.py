@@ -42,6 +42,9 @@ class LedgerWatch:
         except Problem as problem:
             logger.warning("the ledger was not looked at: %s", problem.detail)
             return
+        except Exception:
+            logger.exception("the ledger was not looked at, in an unforeseen way")
+            return
         self._is_consistent.set(1)
         self._size.set(checkpoint.head.size)
         if self._sink is not None and was_read:

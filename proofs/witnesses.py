@@ -1,5 +1,6 @@
 """Witnesses: others who see the log grow, and sign that it did (c2sp.org/tlog-witness, c2sp.org/tlog-cosignature)."""
 
+import http.client
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -80,6 +81,8 @@ def send_to_witness(url: str, request: str) -> str:
         if error.code == 409:
             said = f"it has signed a checkpoint of size {said} last: name that with --old-size"
         raise WitnessRefused(f"the witness answered {error.code}: {said}") from None
+    except (http.client.HTTPException, UnicodeDecodeError) as error:
+        raise WitnessRefused(f"what the witness answered is not HTTP, or no text: {type(error).__name__}") from None
 
 
 def newest_cosigned(source: Source, origin: str) -> str | None:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row, Select, bindparam, func, literal_column, select, true, union
+from sqlalchemy import Row, Select, and_, bindparam, case, func, literal_column, select, true, union
 
 from fields import Interval
 from models import audit_events
@@ -55,8 +55,10 @@ def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
     An end of the range that is not given is where the first or last of the events is.
     """
     first = wanted.start or find_edge(reader, wanted, "asc")
+    if first is None:
+        return []
     last = wanted.end - _INSTANT if wanted.end is not None else find_edge(reader, wanted, "desc")
-    if first is None or last is None:
+    if last is None:
         return []
     shortest, _ = _LENGTHS[wanted.interval]
     is_possible = (last - first) / shortest < MAX_BUCKETS * 2
@@ -83,11 +85,15 @@ def _histogram(wanted: EventFilter) -> Select[Any]:
 
     PostgreSQL's own rules of the time zone make the buckets, those of the events and the empty ones alike:
     so a day on which clocks change has 23 or 25 hours, and one that a zone skipped has no bucket.
+    Where clocks go back to midnight PostgreSQL's day begins at the second one, but it counts the hour before.
     Indexes: those of the filters, and of the time range.
     """
 
     def bucket(moment: Any) -> Any:
         return func.date_trunc(bindparam("interval"), moment, bindparam("time_zone")).label("start")
+
+    def zoned(moment: Any) -> Any:
+        return func.timezone(bindparam("time_zone"), moment)
 
     first: Any = bindparam("first")
     last: Any = bindparam("last")
@@ -104,9 +110,16 @@ def _histogram(wanted: EventFilter) -> Select[Any]:
         .select_from(buckets.outerjoin(counted, buckets.c.start == counted.c.start))
         .order_by(buckets.c.start)
         .limit(bindparam("most"))
-        .subquery("bucket")
+        .subquery("filled")
     )
-    return select(filled.c.events, BUCKET_JSON.label("json")).order_by(filled.c.start)
+    instant: Any = literal_column("interval '1 microsecond'")
+    gone_back = zoned(filled.c.start - instant) + instant - zoned(filled.c.start)
+    is_dated = and_(*(bindparam("interval") != literal_column(f"'{each}'") for each in ("hour", "minute")))
+    start = case(
+        (is_dated, filled.c.start - func.greatest(gone_back, literal_column("interval '0'"))), else_=filled.c.start
+    )
+    bucket_of = select(start.label("start"), filled.c.events).subquery("bucket")
+    return select(bucket_of.c.events, BUCKET_JSON.label("json")).order_by(bucket_of.c.start)
 
 
 def count_by_value(reader: Reader, wanted: TopQuery) -> Sequence[Row[Any]]:

@@ -215,6 +215,8 @@ class Listener:
         while (head := await self._reader.scan(read_newest_id)) > self.position + MAX_NEWS:
             async for frames in self._catch_up(head):
                 yield frames
+            if self._is_over:
+                return
         async for frames in self._catch_up(await self._feed.join(self)):
             yield frames
         while not self._is_over:
@@ -228,7 +230,12 @@ class Listener:
                 yield frames
 
     def tell(self, event_id: int, frame: bytes) -> None:
-        """Keep the event until it is sent; cut a listener for which too much would have to be kept."""
+        """Keep the event until it is sent; cut a listener for which too much would have to be kept.
+
+        Whatever it was told before is ignored: a poll that failed half-way tells it again.
+        """
+        if event_id <= (self._waiting[-1][0] if self._waiting else self.position):
+            return
         self._waiting.append((event_id, frame))
         self._waiting_bytes += len(frame)
         self._news.set()
@@ -273,7 +280,7 @@ def _tell(groups: Sequence[_Group], news: _News) -> None:
         encoded = frame.encode()
         for group in (groups[number - 1] for number in numbers):
             if group.tenant is None or group.tenant == tenant:
-                for listener in group.listeners:
+                for listener in tuple(group.listeners):  # who is cut leaves
                     listener.tell(event_id, encoded)
 
 

@@ -14,6 +14,7 @@ from problems import Problem
 logger = logging.getLogger("audit.streamed")
 
 STALL_S = 60
+SLICE_BYTES = 64 * 1024  # what a client has to take within STALL_S, however large the pieces are
 
 
 class Streamed(Response):
@@ -62,16 +63,21 @@ class Streamed(Response):
     async def _send_pieces(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for piece in self._pieces:
-            try:
-                async with asyncio.timeout(STALL_S):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    await asyncio.sleep(0)  # it leaves, and the next one waits where the client is slow
-            except TimeoutError:
-                logger.warning("an answer was cut: its client took nothing for %s s", STALL_S)
-                raise
+            for start in range(0, len(piece), SLICE_BYTES):
+                await _send_slice(send, piece[start : start + SLICE_BYTES])
         await send({"type": "http.response.body", "body": b""})
 
     async def _cut_when_gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.cut()
+
+
+async def _send_slice(send: Send, body: bytes) -> None:
+    try:
+        async with asyncio.timeout(STALL_S):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await asyncio.sleep(0)  # it leaves, and the next one waits where the client is slow
+    except TimeoutError:
+        logger.warning("an answer was cut: its client took less than %s bytes in %s s", SLICE_BYTES, STALL_S)
+        raise

@@ -1,8 +1,10 @@
 """Counts, histograms and most frequent values."""
 
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
@@ -10,7 +12,7 @@ from conftest import running_app, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from test_filters import list_all, post_all
+from test_filters import list_all, post_all, short_walks
 
 
 def at(*moments: str, actor: str = "alice") -> list[dict[str, Any]]:
@@ -48,6 +50,16 @@ def test_a_histogram_has_its_empty_buckets(client: httpx.Client) -> None:
     ]
 
 
+def test_a_histogram_begins_and_ends_where_events_are_whatever_stands_before_them(client: httpx.Client) -> None:
+    post_all(client, at("2026-01-02T00:00:00Z", "2026-01-04T00:00:00Z", actor="bob"))
+    noise = [f"2026-01-{day:02}T00:00:00Z" for day in (1, 1, 1, 5, 5, 5)]
+    post_all(client, [{**event, "event_type": "NOISE"} for event in at(*noise)])
+    post_all(client, at("2026-01-01T01:00:00Z", "2026-01-04T01:00:00Z"))
+    with short_walks():
+        days = [day for day, _ in histogram(client, interval="day", actor=["alice", "bob"], event_type="LOGIN")]
+    assert days == [f"2026-01-{day:02}T00:00" for day in (1, 2, 3, 4)]
+
+
 def test_weeks_begin_on_monday(client: httpx.Client) -> None:
     post_all(client, at("2026-01-04T23:59:59Z", "2026-01-05T00:00:00Z"))
     assert histogram(client, interval="week") == [("2025-12-29T00:00", 1), ("2026-01-05T00:00", 1)]
@@ -69,6 +81,40 @@ def test_buckets_follow_the_clocks_of_the_zone(
 ) -> None:
     found = histogram(client, interval=interval, time_zone=time_zone, start=start, end=end)
     assert [moment[8:13] for moment, _ in found] == starts
+
+
+@pytest.mark.parametrize("interval", ["day", "week", "month"])
+@pytest.mark.parametrize(
+    ("time_zone", "midnight"),
+    [
+        ("Atlantic/Azores", "2026-10-25T00:00:00"),
+        ("America/Havana", "2026-11-01T00:00:00"),
+        ("Asia/Beirut", "2026-10-25T00:00:00"),
+        ("Asia/Beirut", "2026-03-29T00:00:00"),
+    ],
+    ids=["back to midnight", "back to the month's first", "back from midnight", "forward from midnight"],
+)
+def test_a_bucket_begins_with_the_first_moment_of_its_date(
+    client: httpx.Client, interval: str, time_zone: str, midnight: str
+) -> None:
+    def first_day(day: date) -> date:
+        return {"day": day, "week": day - timedelta(days=day.weekday()), "month": day.replace(day=1)}[interval]
+
+    zone = ZoneInfo(time_zone)
+    around = datetime.fromisoformat(midnight).replace(tzinfo=zone).astimezone(UTC)
+    moments = [around + timedelta(minutes=30 * number) for number in range(-60 * 24 * 2, 60 * 24 * 2)]
+    date_of = {moment: first_day(moment.astimezone(zone).date()) for moment in moments}
+    begins = {day: min(moment for moment in moments if date_of[moment] == day) for day in set(date_of.values())}
+    counted = moments[len(moments) // 2 - 100 : len(moments) // 2 + 100]
+    post_all(client, at(*(moment.isoformat() for moment in counted)))
+    expected = Counter(begins[date_of[moment]].strftime("%Y-%m-%dT%H:%M") for moment in counted)
+    assert dict(histogram(client, interval=interval, time_zone=time_zone)) == expected
+
+
+def test_nothing_lies_before_the_year_1(client: httpx.Client) -> None:
+    post_all(client, at("0001-01-01T00:00:00Z"))
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00Z") == []
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00.000001Z") == [("0001-01-01T00:00", 1)]
 
 
 def test_a_bucket_begins_in_the_year_1_at_the_earliest(client: httpx.Client) -> None:

@@ -1,15 +1,18 @@
 """What the service says and does when its database is away, behind, read-only or wrong."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import httpx
 import pytest
-from conftest import execute, running_app, settings_for
+from conftest import execute, free_port, running_app, settings_for
+from sqlalchemy import text
 from sqlalchemy.engine import URL
 
 import migrations
 from alembic import command
-from cluster import Cluster
+from cluster import SUPERUSER, Cluster
+from db import CONNECT_ARGS, Database
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
@@ -43,6 +46,25 @@ def test_an_outage_is_a_503_and_ends_without_a_restart(own_cluster: Cluster, mod
         own_cluster.start()
         assert client.post("/events", json=LOGIN).json()["id"] == 2
         assert client.get("/ready").status_code == 200
+
+
+def test_each_end_of_a_connection_notices_within_the_same_time_that_the_other_vanished(own_cluster: Cluster) -> None:
+    port = free_port()
+    own_cluster.stop()
+    own_cluster.options |= {"listen_addresses": "127.0.0.1", "port": str(port)}
+    own_cluster.start()
+    settings = {
+        "tcp_keepalives_idle": CONNECT_ARGS["keepalives_idle"],
+        "tcp_keepalives_interval": CONNECT_ARGS["keepalives_interval"],
+        "tcp_keepalives_count": CONNECT_ARGS["keepalives_count"],
+        "tcp_user_timeout": CONNECT_ARGS["tcp_user_timeout"],
+    }
+    ask = text("SELECT name, setting::integer FROM pg_settings WHERE name = ANY (:names)")
+    over_tcp = URL.create("postgresql+psycopg2", SUPERUSER, host="127.0.0.1", port=port, database=SUPERUSER)
+    for url, expected in ((over_tcp, settings), (own_cluster.url().set(port=port), dict.fromkeys(settings, 0))):
+        with closing(Database(url)) as database, database.engine.connect() as connection:
+            assert {row.name: row.setting for row in connection.execute(ask, {"names": list(settings)})} == expected
+    assert "keepalive" not in (own_cluster.data_dir / "server.log").read_text()
 
 
 def test_a_service_started_during_an_outage_serves_after_it(own_cluster: Cluster) -> None:

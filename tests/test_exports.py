@@ -6,8 +6,10 @@ import io
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
+from uvicorn.config import HTTP_PROTOCOLS
 from verify import assert_ledger_consistent, leaf_of, tree_hash
 
 import migrations
@@ -291,6 +294,19 @@ def test_a_client_that_stops_reading_holds_no_transaction_and_is_cut(
     assert not received.endswith(b"0\r\n\r\n")
 
 
+def test_a_client_that_reads_slowly_is_not_cut(database_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes.streamed, "STALL_S", 0.5)
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", "server:OneWriteProtocol")
+    with running_app(settings_for(database_url)) as client:
+        post_all(client, [{**LOGIN, "metadata": {"padding": "x" * 20_000}}] * pages.FETCH_ROWS)  # one piece
+        with open_export(client) as connection:
+            received = b""
+            while not received.endswith(b"0\r\n\r\n") and (chunk := connection.recv(1 << 16)):
+                received = received[-1000:] + chunk
+                time.sleep(0.05)
+    assert b'"complete":true' in received
+
+
 def test_so_many_exports_are_open_and_the_next_is_told_to_wait(
     large_log: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,3 +377,19 @@ def test_an_export_takes_the_same_memory_whatever_its_size(database_url: URL, tm
 def test_an_export_from_far_below_the_oldest_event_begins_with_that(client: httpx.Client) -> None:
     post_all(client, [LOGIN] * 3)
     assert len(export_lines(client, after=-(2**63) + 1)) == 4
+
+
+def test_ids_that_lie_far_apart_are_no_longer_way(empty_database_url: URL) -> None:
+    execute(empty_database_url, "CREATE TABLE audit_events (id bigint PRIMARY KEY, event_type text, actor text)")
+    execute(empty_database_url, "ALTER TABLE audit_events ADD timestamp timestamp DEFAULT '2024-01-01'")
+    ids = [n << 40 for n in range(-1_500, 1_500)]
+    execute(empty_database_url, f"INSERT INTO audit_events SELECT id, 'x', 'a' FROM unnest(ARRAY{ids}) AS id")
+    migrations.upgrade(empty_database_url)
+    with running_app(settings_for(empty_database_url)) as client:
+        post_all(client, [LOGIN])
+        assert exported_ids(client) == [*ids, ids[-1] + 1]
+        assert exported_ids(client, actor="alice") == [ids[-1] + 1]
+        with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "0"}) as response:
+            received = takewhile(lambda line: line != f"id: {ids[-1] + 1}", response.iter_lines())
+            assert sum(line.startswith("id: ") for line in received) == 1_499
+    assert_ledger_consistent(empty_database_url)

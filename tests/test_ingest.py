@@ -2,6 +2,8 @@
 
 import ipaddress
 import json
+import os
+import resource
 import select
 import socket
 import threading
@@ -84,6 +86,8 @@ def test_batches_fill_tiles_of_two_levels(own_client: httpx.Client, database_url
         ({"events": []}, ["body"]),
         ([], ["body"]),
         ([{**LOGIN, "timestamp": "9998-01-01T00:00:00Z"}, LOGIN], ["body.0.timestamp"]),
+        ([{**LOGIN, "timestamp": "9998-01-01T00:00:00Z"}], ["body.0.timestamp"]),
+        ([{**LOGIN, "source": "audit-service"}], ["body.0.source"]),
     ],
 )
 def test_one_wrong_event_fails_its_batch_by_index(client: httpx.Client, events: Any, named: list[str]) -> None:
@@ -124,11 +128,32 @@ def test_header_and_body_are_one_key(client: httpx.Client) -> None:
     assert client.post("/events", json=LOGIN, headers={"Idempotency-Key": "x" * 256}).status_code == 422
 
 
+def test_a_key_in_the_header_is_read_as_utf_8_like_that_in_the_body(client: httpx.Client) -> None:
+    headers = {b"Idempotency-Key": "bestellung-größe-🦊".encode()}
+    assert client.post("/events", json=LOGIN, headers=headers).status_code == 201
+    assert client.post("/events", json=keyed("bestellung-größe-🦊")).status_code == 200
+    assert client.post("/events", json=LOGIN, headers={b"Idempotency-Key": ("🦊" * 255).encode()}).status_code == 201
+    refused = client.post("/events", json=LOGIN, headers={b"Idempotency-Key": "größe".encode("latin-1")})
+    assert (refused.status_code, locations(refused)) == (422, ["headers.Idempotency-Key"])
+    assert stored(client) == 2
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
+def test_a_batch_takes_no_key_in_the_header(client: httpx.Client, media_type: str) -> None:
+    content = json.dumps(LOGIN) if "ndjson" in media_type else json.dumps([LOGIN])
+    headers = {"Content-Type": media_type, "Idempotency-Key": "k"}
+    response = client.post("/events/batch", content=content, headers=headers)
+    assert (response.status_code, locations(response)) == (422, ["headers.Idempotency-Key"])
+    assert "each has an idempotency_key of its own" in response.json()["errors"][0]["message"]
+    assert stored(client) == 0
+
+
 def test_a_key_with_another_event_is_a_409(client: httpx.Client) -> None:
     client.post("/events", json=keyed("k"))
     response = client.post("/events", json=keyed("k", actor="mallory"))
     assert response.status_code == 409
     assert response.json()["type"] == "urn:audit:problem:idempotency-conflict"
+    assert "errors" not in response.json()
     assert stored(client) == 1
 
 
@@ -152,6 +177,7 @@ def test_a_conflict_in_a_batch_stores_none_of_it(client: httpx.Client) -> None:
     response = post_batch(client, [LOGIN, keyed("k", actor="mallory")])
     assert response.status_code == 409
     assert locations(response) == ["body.1.idempotency_key"]
+    assert locations(post_batch(client, [keyed("k", actor="mallory")])) == ["body.0.idempotency_key"]
     assert post_batch(client, [keyed("n"), keyed("n", actor="mallory")]).status_code == 409
     assert stored(client) == 1
 
@@ -198,6 +224,17 @@ def test_recorded_at_never_falls_behind_the_head(own_client: httpx.Client, datab
     for _ in range(2):
         event = own_client.post("/events", json=LOGIN).json()
         assert datetime.fromisoformat(event["recorded_at"]) == ahead
+
+
+def test_the_connection_may_have_any_descriptor(own_client: httpx.Client) -> None:
+    """select() takes none beyond 1,023, and a service with so many open sockets is an ordinary one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2_048), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            stack.enter_context(open(os.devnull))
+        assert [own_client.post("/events", json=LOGIN).status_code for _ in range(3)] == [201] * 3
 
 
 def test_rows_from_before_the_ledger_are_not_in_the_tree(database_url: URL) -> None:

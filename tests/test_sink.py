@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ import migrations
 from config import Settings
 from ledger.notes import generate_signer, open_checkpoint, sign_checkpoint
 from ledger.tree import proves_consistency
+from proofs.sink import FileSink
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
@@ -28,8 +30,12 @@ class _Shelf(BaseHTTPRequestHandler):
     """Keeps one body."""
 
     kept: bytes | None = None
+    nonsense: bytes = b""  # what it answers instead
 
     def do_GET(self) -> None:
+        if type(self).nonsense:
+            self.wfile.write(type(self).nonsense)
+            return
         body = type(self).kept
         self.send_response(404 if body is None else 200)
         self.end_headers()
@@ -131,6 +137,48 @@ def test_a_sink_that_fails_later_stops_nothing(database_url: URL, tmp_path: Path
         assert client.get("/ready").status_code == 200
         folder.mkdir()
         eventually(lambda: (folder / "checkpoint").exists() and kept_size((folder / "checkpoint").read_text()) == 1)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"220 mail.test ESMTP\r\n",  # BadStatusLine
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\nhalf",  # IncompleteRead
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\naudit.test/log\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+    ],
+)
+def test_a_url_that_answers_nonsense_for_a_while_ends_nothing(database_url: URL, nonsense: bytes) -> None:
+    with shelf() as (url, shelved), running_app(settings_with(database_url, url)) as client:
+        eventually(lambda: shelved.kept is not None)
+        shelved.nonsense = nonsense
+        eventually(lambda: "audit_checkpoint_kept 0.0" in client.get("/metrics").text)
+        assert client.get("/ready").status_code == 200
+        client.post("/events", json=LOGIN)
+        shelved.nonsense = b""
+        eventually(lambda: shelved.kept is not None and kept_size(shelved.kept.decode()) == 1)
+
+
+def test_two_that_write_one_file_at_once_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    """As two containers on one volume, whose pids are the same."""
+    sinks, notes = [FileSink(tmp_path / "checkpoint") for _ in range(4)], [f"{size}\n" * 5_000 for size in range(4)]
+    sinks[0].write(notes[0])
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(25):
+            writing = [pool.submit(sink.write, note) for sink, note in zip(sinks, notes, strict=True)]
+            while not all(writer.done() for writer in writing):
+                assert sinks[0].read() in notes
+            for writer in writing:
+                writer.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").write_text("what was there")
+    with pytest.raises(UnicodeEncodeError):
+        FileSink(tmp_path / "checkpoint").write("half of a surrogate pair: \ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert (tmp_path / "checkpoint").read_text() == "what was there"
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
 import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,18 @@ import pytest
 from conftest import API_KEY, eventually, execute, running_app, served, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from months import append_events
+from prometheus_client import Gauge
 from sqlalchemy.engine import URL
 from test_db import assert_unavailable
 
 import migrations
 from cluster import Cluster
+from db import Database
 from queries import stream
+from queries.reader import Reader
+from queries.stream import Feed
+from schemas import EventFilter
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
 
@@ -191,6 +199,46 @@ def test_a_listener_that_does_not_read_is_cut_and_the_others_are_not(
     assert not received.endswith(b"0\r\n\r\n")
 
 
+def test_a_cut_listener_costs_the_others_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stream, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(stream, "MAX_WAITING_BYTES", 2_500)  # two events, and not three
+    event = {**LOGIN, "metadata": {"padding": "x" * 800}}
+    gauge = Gauge("streams", "those that are open", registry=None)
+
+    async def hear(frames: AsyncGenerator[bytes, None], last: int) -> list[int]:
+        heard: list[int] = []
+        while last not in heard:
+            heard += map(int, re.findall(r"^id: (\d+)$", (await anext(frames)).decode(), re.MULTILINE))
+        return heard
+
+    async def follow() -> None:
+        feed = Feed(reader, gauge, 8)
+        listeners = [await feed.listen(EventFilter(), None, "key", None) for _ in range(8)]
+        streams = [listener.frames() for listener in listeners]
+        for frames in streams:
+            assert [await anext(frames), await anext(frames)] == [stream.HEARTBEAT] * 2  # the second is of the feed
+        slow = streams[:4]  # the other four take nothing any more
+        for number in (1, 2):
+            append_events(database, event)
+            assert [await hear(frames, number) for frames in slow] == [[number]] * 4
+        append_events(database, event)
+        while next(iter(gauge.collect())).samples[0].value > 4:
+            await asyncio.sleep(0.01)
+        for event_id in (2, 3):
+            listeners[0].tell(event_id, b"id: %d\n" % event_id)  # as after a poll that failed half-way
+        append_events(database, event)
+        assert [await hear(frames, 4) for frames in slow] == [[3, 4]] * 4
+        feed.stop()
+        for frames in streams:
+            await frames.aclose()
+
+    with closing(Reader(database, database.url, timedelta(seconds=10))) as reader:
+        asyncio.run(follow())
+    assert "unforeseen" not in caplog.text
+
+
 def open_streams(client: httpx.Client) -> int:
     (line,) = [line for line in client.get("/metrics").text.splitlines() if line.startswith("audit_streams_open ")]
     return int(float(line.split()[1]))
@@ -251,6 +299,22 @@ def test_a_stop_of_the_service_ends_the_streams_at_once(database_url: URL, tmp_p
     assert time.monotonic() - told < 5
     assert "without completing" not in (tmp_path / "log").read_text()
     response.close()
+
+
+def test_a_stop_ends_a_stream_that_has_much_to_catch_up_with(database: Database) -> None:
+    append_events(database, *[LOGIN] * 3_000)
+
+    async def catch_up() -> None:
+        feed = Feed(reader, Gauge("streams", "those that are open", registry=None), 1)
+        frames = (await feed.listen(EventFilter(), 0, "key", None)).frames()
+        assert await anext(frames) == stream.HEARTBEAT
+        assert (await anext(frames)).startswith(b"id: 1\n")
+        feed.end_streams()
+        assert [rest async for rest in frames] == []
+        feed.stop()
+
+    with closing(Reader(database, database.url, timedelta(seconds=10))) as reader:
+        asyncio.run(catch_up())
 
 
 def test_a_key_has_so_many_streams_and_another_key_its_own(database_url: URL) -> None:

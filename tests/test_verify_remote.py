@@ -80,20 +80,53 @@ def test_a_growing_log_is_checked_from_where_it_was_checked_last(
         start = 0 if number == 2 else known // 256 * 256
         assert said[0].startswith(f"{SIGNER.name}: {size} events, root ")
         assert said[0].endswith(f", checked from leaf {start} on")
+        which = f"entry from leaf {start} on" if start else "entry"
+        assert said[1] == f"OK: every {which} is as it was recorded, in the order in which it was."
+        assert (f"Entries below leaf {start} were not read: --all" in said[2]) == (start > 0)
+        assert (f"begins with the {known} events of the checkpoint that you had" in said[2]) == (number > 0)
         assert ("is trusted from now on" in said[-1]) == (number == 0)
         assert auditor.size == size
         known = size
 
 
-def test_a_pruned_log_is_checked_by_its_hashes(auditor: Auditor, database: Database) -> None:
+def test_a_pruned_log_is_checked_by_its_hashes_where_the_auditor_knows_of_retention(
+    auditor: Auditor, database: Database
+) -> None:
     dropped, *_ = fill_months(database, plain(600), plain(700))
     auditor.await_checkpoint(1300)
     list(seal_finished_months(database))
     long_after = partitions_of(database.url)[-1].upper_bound + timedelta(days=400)
     assert dropped in list(apply_retention(database, timedelta(days=1), long_after))
-    status, said, complaints = auditor.verify()
+    for options, missing in [([], "0 to 767"), (["--pruned", "500"], "512 to 767")]:
+        status, _, complaints = auditor.verify(*options)
+        assert (status, auditor.kept.exists()) == (1, False)
+        assert f"The entries of leaves {missing} are missing. If you know that retention dropped them" in complaints
+    status, said, complaints = auditor.verify("--pruned", "600")
     assert status == 0, complaints
-    assert said[1] == "Entries below leaf 768 are pruned: their hashes are in the tree."
+    assert said[1].startswith("Entries below leaf 768 are not served: you say that retention dropped those below 600.")
+    assert said[2].startswith("OK: every entry from leaf 768 on is as it was recorded")
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_the_oldest_entries_are_missing_unless_the_auditor_knows_of_retention(
+    auditor: Auditor, database: Database, is_known: bool
+) -> None:
+    append_events(database, *plain(600))
+    auditor.await_checkpoint(600)
+    if is_known:
+        assert auditor.verify()[0] == 0
+    attack(database.url, "DELETE FROM audit_events WHERE id = 10")
+    status, said, complaints = auditor.verify("--all")
+    assert (status, said[-1]) == (1, "CHANGED: the log is not what was recorded.")
+    assert "The entries of leaves 0 to 255 are missing." in complaints
+
+
+def test_entries_missing_behind_others_are_no_retention(auditor: Auditor, database: Database) -> None:
+    append_events(database, *plain(1100))
+    auditor.await_checkpoint(1100)
+    attack(database.url, "DELETE FROM audit_events WHERE id IN (300, 600)")
+    status, _, complaints = auditor.verify("--pruned", "1000")
+    assert (status, "The entries of leaves 256 to 767 are missing.\n" in complaints) == (1, True), complaints
 
 
 def test_only_the_right_key_is_believed(auditor: Auditor, database: Database) -> None:

@@ -1,11 +1,13 @@
 """Witnesses: what they are asked, what they answer, and how their signatures are served."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -151,6 +153,29 @@ def test_a_witness_that_knows_more_says_how_to_go_on(client: httpx.Client, url: 
         assert status == 1 and "signed a checkpoint of size 4 last: name that with --old-size" in complaint
         assert run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix, "--old-size", "4")[0] == 0
     assert witness.last.size == 8
+
+
+@pytest.mark.parametrize("answer", [b"220 mail.test ESMTP\r\n", b"HTTP/1.1 200 OK\r\n\r\n\xff\xfe"])
+def test_a_witness_that_answers_nonsense_is_told_in_a_line(client: httpx.Client, url: URL, answer: bytes) -> None:
+    grow(client, 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_answer_once, listener, answer)
+        prefix = "http://{}:{}".format(*listener.getsockname())
+        vkey = str(Witness().signer.verifier)
+        status, _, complaint = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)
+        asked.result()
+    assert (status, complaint.count("\n")) == (1, 1)
+    assert "what the witness answered is not HTTP, or no text" in complaint
+
+
+def _answer_once(listener: socket.socket, answer: bytes) -> None:
+    listener.settimeout(60)
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(100_000):
+            pass
 
 
 def _cosign(url: URL, vkey: str, file: str, answer: str) -> tuple[int, str]:

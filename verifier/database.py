@@ -20,7 +20,7 @@ from ledger.notes import Verifier
 from ledger.tree import TILE_HEIGHT, TILE_WIDTH, TileId, span, split_hashes
 from verifier import records
 from verifier.adopted import check_adopted, count_older
-from verifier.differences import Difference, in_order
+from verifier.differences import Difference, in_order, named
 from verifier.promises import Promise, broken_promises, read_stored
 from verifier.ranges import Checked, Range, check_range, within
 from verifier.rows import SESSION, Run, add_runs
@@ -72,8 +72,9 @@ def verify_database(
         if len(heads) != 1:
             return Verdict(1, 0, complaints=[f"ledger_head has {len(heads)} rows, and must have one."])
         first_id, size, frontier = heads[0]
-        dropped, older = records.count_dropped(cursor, first_id), count_older(cursor, first_id)
-        adopted = check_adopted(connection, first_id, lambda count: advance(count, size - dropped + older))
+        told = records.read_records(cursor, first_id)
+        dropped, older = records.count_dropped(cursor, first_id, told.drops), count_older(cursor, first_id)
+        adopted = check_adopted(connection, first_id, told, lambda count: advance(count, size - dropped + older))
         stored, complaints = read_stored(cursor, key)
         promises = [*kept, *stored]
         walk = _Walk(connection, first_id, sorted({promise.head.size for promise in promises}))
@@ -82,7 +83,12 @@ def verify_database(
             advance(checked.count, size - dropped + older)
         walk.check_head(size, [bytes(node) for node in frontier])
         add_runs(walk.redacted, adopted.redacted)
-        walk.differences += [*adopted.differences, *records.find_unrecorded(cursor, walk.redacted)]
+        doubtful = named(walk.differences)
+        walk.differences += [
+            *adopted.differences,
+            *records.find_missing(first_id, dropped, told.drops, doubtful),
+            *records.find_unrecorded(told.redactions, walk.redacted, doubtful),
+        ]
         return Verdict(
             first_id,
             size,
