@@ -119,6 +119,17 @@ class OneWriteProtocol(BoundedProtocol):
         super().connection_made(_OneWriteTransport(transport, self.loop))
 
 
+_PASSED_ON = (
+    "abort",
+    "get_extra_info",
+    "get_write_buffer_size",
+    "is_closing",
+    "pause_reading",
+    "resume_reading",
+    "set_protocol",
+)
+
+
 class _OneWriteTransport(asyncio.Transport):
     """Passes everything on to the transport, and what is written as late as the loop's next turn."""
 
@@ -126,7 +137,7 @@ class _OneWriteTransport(asyncio.Transport):
         self._transport = transport
         self._loop = loop
         self._held: list[bytes] = []
-        for name in ("get_extra_info", "is_closing", "pause_reading", "resume_reading", "set_protocol", "abort"):
+        for name in _PASSED_ON:
             setattr(self, name, getattr(transport, name))
 
     def write(self, data: Any) -> None:

@@ -17,6 +17,7 @@ MAX_HEAD_BYTES = 64 * 1024  # request line and fields together; or else what com
 MAX_FIELDS = 100
 HEAD_TIMEOUT_S = 10  # from connecting, from an answer to the next head, or from a head's first byte, to its last
 BODY_TIMEOUT_S = 60  # from the end of the head to the end of the body
+READ_TIMEOUT_S = 60  # in which a client takes nothing of what is waiting for it
 SWEEP_S = 1
 
 # Trailers: the app has the scope already, and RFC 9110 section 6.5.1 has none merged whose definition is not known.
@@ -30,6 +31,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes = 0  # read since a head was complete or some of a body came: chunk extensions and trailers, too
     _stage: object = None  # what was being waited for at the last sweep
     _since = 0.0
+    _unsent = 0  # bytes of answers that waited for the client at the last sweep
+    _unsent_since = 0.0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -84,6 +87,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stage, self._since = stage, now
         return stage is not None and now - self._since > limit_s
 
+    def is_stalled(self, now: float) -> bool:
+        """Whether the client has taken nothing of its answers for too long: they are held until it does."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent == 0 or unsent != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        return now - self._unsent_since > READ_TIMEOUT_S
+
     def _awaited(self) -> tuple[object, int]:
         if self._is_in_head():
             return (self.scope if self.scope is not None else self), HEAD_TIMEOUT_S
@@ -103,7 +113,10 @@ class BoundedProtocol(HttpToolsProtocol):
 def _sweep(server_state: Any, loop: Any) -> None:
     now = loop.time()
     for connection in list(server_state.connections):
-        if not connection.transport.is_closing() and connection.overdue(now):
+        if connection.is_stalled(now):
+            connection.pipeline.clear()  # nobody hears the answers to what is in it
+            connection.transport.abort()
+        elif not connection.transport.is_closing() and connection.overdue(now):
             connection.refuse(RequestTimeout())
     if server_state.connections:
         loop.call_later(SWEEP_S, _sweep, server_state, loop)

@@ -1,5 +1,6 @@
-"""A body that trickles in, a byte a second, for ever: each call lets go of it when its time is over."""
+"""A body that trickles in, a byte a second, for ever, and an answer that nobody takes: both are let go of in time."""
 
+import contextlib
 import re
 import socket
 import time
@@ -10,7 +11,7 @@ import pytest
 from conftest import API_KEY, served
 from sqlalchemy.engine import URL
 
-from edge.connections import BODY_TIMEOUT_S, SWEEP_S
+from edge.connections import BODY_TIMEOUT_S, READ_TIMEOUT_S, SWEEP_S
 
 pytestmark = pytest.mark.security
 
@@ -69,3 +70,21 @@ def test_a_body_that_never_ends_is_let_go_of_when_its_time_is_over(one_database_
         assert max(took_s for call, took_s in answered.items() if call[2] == "wrong") < LATE_S
         assert min(took.values()) >= BODY_TIMEOUT_S - SWEEP_S
         assert client.get("/events/count").json()["count"] == 0
+
+
+def test_an_answer_that_nobody_takes_is_let_go_of(one_database_url: URL, tmp_path: Path) -> None:
+    """16 MiB in four answers, of which the sockets hold less: the rest waits in the service."""
+    event = {"event_type": "LOGIN", "actor": "alice", "metadata": {"text": "x" * 60_000}}
+    with served(one_database_url, tmp_path / "service.log") as client, socket.socket() as connection:
+        assert client.post("/events/batch", json=[event] * 80, timeout=60).status_code == 201
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", client.base_url.port or 0))
+        ask = f"GET /events?limit=1000 HTTP/1.1\r\nHost: x\r\nX-API-Key: {API_KEY}\r\n\r\n"
+        connection.sendall(ask.encode() * 4)
+        time.sleep(READ_TIMEOUT_S + LATE_S)
+        received = 0
+        connection.settimeout(30)
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 20):
+                received += len(piece)
+        assert received < 12 * 1024 * 1024
