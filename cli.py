@@ -15,7 +15,7 @@ from config import ConfigurationError, Settings, load_settings, parse_duration
 from db import Database, open_database, open_owner
 from housekeeping import adoption, holds, redaction, rewrite
 from keys import store as keys
-from ledger.notes import NoteError, Signer, generate_signer, parse_verifier
+from ledger.notes import NoteError, Signer, decode_note, generate_signer, parse_verifier
 from problems import Problem
 from proofs.checkpoints import find_newest
 from proofs.continuation import record_continuation
@@ -189,11 +189,11 @@ def _on_redaction(settings: Settings, arguments: Namespace) -> int:
         wanted = RedactionIn(**{name: getattr(arguments, name) for name in ("actor", "tenant", "ids", "reason")})
         with open_database(settings) as service, open_owner(settings, service) as database:
             extent = redaction.measure(database, wanted, arguments.by)
-            print(f"{len(extent.ids)} events to redact, {extent.held} kept by legal holds")
+            print(f"{extent.count} events to redact, {extent.held} kept by legal holds")
             if not arguments.yes:
                 print("Nothing was erased: this was a dry run. Add --yes to erase.")
                 return 0
-            return _redact(database, wanted, arguments.by, len(extent.ids))
+            return _redact(database, wanted, arguments.by, extent.count)
     except ValidationError as error:
         print(f"audit-service: {error.errors()[0]['msg']}", file=sys.stderr)
         return 2
@@ -234,7 +234,7 @@ def _add_ledger_commands(parser: ArgumentParser) -> None:
     source.add_argument("--request", help="the file that cosign-request printed; the answer comes on standard input")
     for action in (request, cosign):
         action.add_argument("--witness", required=True, metavar="VKEY", help="the witness' public key")
-        action.add_argument("--old-size", type=int, help="what it signed last, where that was not kept here")
+        action.add_argument("--old-size", type=_leaf_count, help="what it signed last, where that was not kept here")
     request.set_defaults(run=_on_ledger, act=_print_cosign_request)
     cosign.set_defaults(run=_on_ledger, act=_cosign)
     going_on = actions.add_parser("continue", help="after a restored backup: record what the old log vouched for")
@@ -242,6 +242,13 @@ def _add_ledger_commands(parser: ArgumentParser) -> None:
     going_on.add_argument("--key", required=True, metavar="VKEY", help="the old log's public key")
     going_on.add_argument("--by", required=True, help="who asks for it, for the record")
     going_on.set_defaults(run=_on_ledger, act=_continue_log)
+
+
+def _leaf_count(argument: str) -> int:
+    count = int(argument)
+    if count < 0:
+        raise ValueError(argument)
+    return count
 
 
 def _on_keygen(settings: Settings, arguments: Namespace) -> int:
@@ -280,15 +287,19 @@ def _cosign(database: Database, signer: Signer, arguments: Namespace) -> None:
         request = _cosign_request(database, signer, arguments)
         answer = send_to_witness(arguments.url, request)
     else:
-        request, answer = Path(arguments.request).read_text(), sys.stdin.read()
-    size = keep_cosignature(database, request, parse_verifier(arguments.witness), answer)
+        request = decode_note(Path(arguments.request).read_bytes())
+        answer = decode_note(sys.stdin.buffer.read())
+    size = keep_cosignature(database, signer.verifier, request, parse_verifier(arguments.witness), answer)
     print(f"The checkpoint of size {size} has the witness' signature: GET /ledger/checkpoint?cosigned=true")
 
 
 def _continue_log(database: Database, signer: Signer, arguments: Namespace) -> None:
-    note = Path(arguments.checkpoint).read_text()
+    note = decode_note(Path(arguments.checkpoint).read_bytes())
     found = record_continuation(database, note, parse_verifier(arguments.key), signer.name, arguments.by)
-    print(f"{found.old.origin} vouched for {found.old.size} events: {found.kept} are here, {found.lost} are lost.")
+    print(
+        f"{found.old.origin} vouched for {found.old.size} events: at least {found.kept_at_least} are here,"
+        f" at most {found.lost_at_most} are lost."
+    )
     print(f"Recorded as audit.ledger.continue. {signer.name} goes on.")
 
 

@@ -98,7 +98,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         port=read.port("PORT", Settings.port),
         workers=read.count("WORKERS", Settings.workers),
         run_migrations=read.boolean("RUN_MIGRATIONS"),
-        max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew),
+        max_clock_skew=read.duration("MAX_CLOCK_SKEW", Settings.max_clock_skew, may_be_zero=True),
         idempotency_window=read.duration("IDEMPOTENCY_WINDOW", Settings.idempotency_window),
         query_timeout=read.duration("QUERY_TIMEOUT", Settings.query_timeout),
         count_limit=read.count("COUNT_LIMIT", Settings.count_limit, highest=10**9),
@@ -242,11 +242,14 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a number from 1 to {highest}")
         return int(value)
 
-    def duration(self, name: str, default: timedelta) -> timedelta:
+    def duration(self, name: str, default: timedelta, may_be_zero: bool = False) -> timedelta:
         value = self.text(name)
         if value is None:
             return default
-        return parse_duration(name, value)
+        duration = parse_duration(name, value)
+        if not duration and not may_be_zero:
+            raise ConfigurationError(f"{name}: must be longer than nothing: 1s at the least")
+        return duration
 
     def rate(self, name: str) -> Rate | None:
         value = self.text(name)

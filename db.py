@@ -26,7 +26,9 @@ from problems import DatabaseUnavailable, InternalError, OutcomeUnknown, Problem
 
 logger = logging.getLogger("audit.db")
 
-# libpq and server parameters of every connection (PostgreSQL 15, sections 34.1.2 and 20.11).
+# libpq and server parameters of every connection (PostgreSQL 15, sections 34.1.2, 20.3.2 and 20.11). Either end finds
+# within 16 s that the other has vanished. A transaction that waits for a client ends sooner, and with it its locks.
+# On a Unix socket PostgreSQL takes the TCP settings and does nothing.
 CONNECT_ARGS = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -34,7 +36,8 @@ CONNECT_ARGS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,  # ms until unacknowledged data ends the connection
     "application_name": "audit-service",
-    "options": "-c timezone=UTC -c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=5s",
+    "options": "-c timezone=UTC -c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=5s"
+    " -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3 -c tcp_user_timeout=15000",
 }
 
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN, _UNDEFINED_FUNCTION, _READ_ONLY = "42P01", "42703", "42883", "25006"
@@ -45,7 +48,8 @@ _NO_PRIVILEGE_DETAIL = (
 _READ_ONLY_DETAIL = "The database is read-only: a standby, or set so by its operator."
 
 _LOCK_INTERVAL_S = 0.1
-_THREADS = 10  # fewer than the connections of the pool, so that none waits for one
+_POOL_SIZE, _MAX_OVERFLOW = 5, 3
+_THREADS = 6  # fewer than the connections of the pool, so that none waits for one
 
 Result = TypeVar("Result")
 
@@ -56,7 +60,14 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         # pre_ping: after a restart of the database the pool notices before a request does.
-        self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=CONNECT_ARGS)
+        self.engine = create_engine(
+            url,
+            pool_size=_POOL_SIZE,
+            max_overflow=_MAX_OVERFLOW,
+            pool_pre_ping=True,
+            pool_timeout=5,
+            connect_args=CONNECT_ARGS,
+        )
         self._threads = CapacityLimiter(_THREADS)
         self._schema_seen_ready = False
 

@@ -98,9 +98,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.feed = Feed(app.state.reader, database, app.state.metrics.streams, streams_a_key)
             app.state.writer = Writer(database, owner)
             app.state.reads = ReadLog(app.state.writer, app.state.metrics, is_on=app.state.settings.audit_reads)
-            app.state.checkpoints = Checkpoints(database, signer)
-            sink = sink_at(app.state.settings.checkpoint_sink)
-            watch_ledger = LedgerWatch(app.state.checkpoints, sink, app.state.metrics)
+            app.state.checkpoints = Checkpoints(database, signer, sink_at(app.state.settings.checkpoint_sink))
+            watch_ledger = LedgerWatch(app.state.checkpoints, app.state.metrics)
             await asyncio.to_thread(watch_ledger.look)
             background = [
                 asyncio.create_task(watch_ledger.run(app.state.settings.checkpoint_interval.total_seconds())),

@@ -27,6 +27,7 @@ Problem
     ├── DatabaseUnavailable    503
     ├── SchemaNotReady         503
     ├── LedgerInconsistent     503
+    ├── CheckpointNotKept      503
     ├── QueryTimeout           503
     ├── QueueFull              503
     ├── TooManyReaders         503
@@ -168,7 +169,7 @@ class TooManyStreams(Problem):
 
 
 class HeadTooLarge(Problem):
-    """The request's head has more than 100 fields or 65,536 bytes."""
+    """The request's head has more than 100 fields or 65,536 bytes, or its trailers or a chunk's extensions have."""
 
     status, code, title = 431, "head-too-large", "Head too large"
 
@@ -225,6 +226,13 @@ class LedgerInconsistent(Unavailable):
     """The log contradicts a checkpoint that was signed: nothing is signed until an operator has looked."""
 
     code, title = "ledger-inconsistent", "Ledger inconsistent"
+
+
+class CheckpointNotKept(Unavailable):
+    """A checkpoint that has this event is not in CHECKPOINT_SINK yet, and is not handed out before. Try again."""
+
+    code, title = "checkpoint-not-kept", "Checkpoint not kept"
+    headers: Mapping[str, str] = {"Retry-After": "5"}
 
 
 class QueryTimeout(Unavailable):

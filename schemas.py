@@ -66,7 +66,9 @@ class EventIn(BaseModel):
 
     @model_validator(mode="after")
     def _check_size(self) -> "EventIn":
-        if len(self.model_dump_json(exclude_none=True)) > MAX_EVENT_BYTES:
+        text = self.model_dump_json(exclude_none=True)
+        # A character takes four bytes at the most: of the usual event none are counted.
+        if len(text) > MAX_EVENT_BYTES // 4 and len(text.encode()) > MAX_EVENT_BYTES:
             raise ValueError(f"the event is larger than {MAX_EVENT_BYTES} bytes of JSON")
         return self
 
@@ -173,7 +175,7 @@ class Count(BaseModel):
     """How many events there are."""
 
     count: int
-    capped: bool = Field(description="Whether there are more: counting stops at COUNT_LIMIT")
+    capped: bool = Field(description="Whether there may be more: no more than COUNT_LIMIT events are looked at")
 
 
 class Bucket(BaseModel):

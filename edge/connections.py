@@ -5,6 +5,7 @@ one comparison for each read and one for each head: the clock is looked at by a 
 """
 
 import json
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -12,18 +13,21 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from edge.headers import DATA_HEADERS
 from problems import BadRequest, HeadTooLarge, Problem, RequestTimeout, document
 
-MAX_HEAD_BYTES = 64 * 1024  # request line and fields together
+MAX_HEAD_BYTES = 64 * 1024  # request line and fields together; or else what comes without any of the body
 MAX_FIELDS = 100
-HEAD_TIMEOUT_S = 10  # from connecting, or from a head's first byte, to its last
+HEAD_TIMEOUT_S = 10  # from connecting, from an answer to the next head, or from a head's first byte, to its last
 BODY_TIMEOUT_S = 60  # from the end of the head to the end of the body
 SWEEP_S = 1
+
+# Trailers: the app has the scope already, and RFC 9110 section 6.5.1 has none merged whose definition is not known.
+_DROPPED: Any = deque(maxlen=0)
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with a bound to every head, and to the time that head and body take."""
 
     _refusal: Problem | None = None
-    _head_bytes = 0  # read since the last head was complete
+    _head_bytes = 0  # read since a head was complete or some of a body came: chunk extensions and trailers, too
     _stage: object = None  # what was being waited for at the last sweep
     _since = 0.0
 
@@ -38,7 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES and self._is_in_head() and not self.transport.is_closing():
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.refuse(HeadTooLarge())
 
     def on_headers_complete(self) -> None:
@@ -47,6 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise self._refusal
         self._head_bytes = 0
         super().on_headers_complete()
+        self.headers = _DROPPED
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -68,7 +73,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             return False
         cycle = self.cycle
-        return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
+        if self._is_in_head():
+            return cycle is None or cycle.response_complete
+        return cycle.more_body and not cycle.response_started  # of each request one answer
 
     def overdue(self, now: float) -> bool:
         """Whether the client has kept us waiting for too long for what was awaited at the last sweep, too."""
@@ -82,6 +89,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return (self.scope if self.scope is not None else self), HEAD_TIMEOUT_S
         if self.cycle is not None and self.cycle.more_body:
             return self.cycle, BODY_TIMEOUT_S
+        if self.cycle is not None and self.cycle.response_complete:  # an empty line ends uvicorn's keep-alive timer
+            return self.cycle.message_event, HEAD_TIMEOUT_S
         return None, 0
 
     def _is_in_head(self) -> bool:

@@ -86,10 +86,14 @@ def _fields(rate: Rate, bucket: _Bucket) -> Fields:
 
 
 def _network(address: str) -> str:
-    """The address; of IPv6 its /64, which one customer has to itself. A proxy may name what is no address."""
+    """The address; of IPv6 its /64, which one customer has to itself. A proxy may name what is no address.
+
+    A listener for both families sees an IPv4 client as ::ffff:192.0.2.1, and all of those are in one /64.
+    """
     if ":" not in address:
         return address
     try:
-        return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))

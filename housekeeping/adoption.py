@@ -19,7 +19,7 @@ from ingest.records import SERVICE, own_event, record
 from ledger import entries
 from ledger.tree import hash_leaf, hash_node, root_of
 from models import audit_events, ledger_head
-from problems import DatabaseUnavailable
+from problems import DatabaseUnavailable, LedgerInconsistent
 from schemas import EventIn
 
 EVENT_TYPE = "audit.ledger.adopt"
@@ -28,10 +28,12 @@ _ENTRY_TEXTS = ("event_type", "tenant", "outcome", "source", "trace_id")
 
 _columns = audit_events.c
 
-# The first one counts: whoever changed rows could append another. Index: audit_events_event_type_timestamp_id.
+# The first one of the tree counts: whoever changed rows could append another, or put one below.
+# Index: audit_events_event_type_timestamp_id.
+_FIRST_ID = select(ledger_head.c.first_id).scalar_subquery()
 _RECORD = (
     select(_columns.id, _columns.metadata)
-    .where(_columns.event_type == EVENT_TYPE, _columns.source == SERVICE)
+    .where(_columns.event_type == EVENT_TYPE, _columns.source == SERVICE, _columns.id >= _FIRST_ID)
     .order_by(_columns.id)
     .limit(1)
 )
@@ -47,7 +49,8 @@ _COMMIT = text(
 )
 # Index: audit_events_event_type_timestamp_id.
 _DROPPED = text(
-    "SELECT EXISTS (SELECT FROM audit_events WHERE event_type = 'audit.retention.drop' AND source = :service)"
+    "SELECT EXISTS (SELECT FROM audit_events WHERE event_type = 'audit.retention.drop' AND source = :service"
+    " AND id < (SELECT first_id + size FROM ledger_head))"
 )
 
 
@@ -89,11 +92,15 @@ class _Tree:
 
 
 def find_adoption(connection: Connection) -> Adoption | None:
-    """What was recorded of the adoption, if it was."""
+    """What was recorded of the adoption, if it was. Raises LedgerInconsistent where the record was changed."""
     found = connection.execute(_RECORD).one_or_none()
     if found is None:
         return None
-    return Adoption(found.id, found.metadata["count"], bytes.fromhex(found.metadata["root"]))
+    try:
+        return Adoption(found.id, int(found.metadata["count"]), bytes.fromhex(found.metadata["root"]))
+    except (KeyError, TypeError, ValueError):
+        detail = f"Event {found.id} is to vouch for the rows from before the ledger, and has no count and root of them."
+        raise LedgerInconsistent(detail) from None
 
 
 def count_rows(connection: Connection) -> int:
@@ -164,8 +171,7 @@ def adopt(database: Database, advance: Callable[[int], object]) -> Adoption | No
 
 def _pages(connection: Connection) -> Iterator[Sequence[Row[Any]]]:
     """The rows from before the ledger by id. Index: audit_events_pkey."""
-    first_id = select(ledger_head.c.first_id).scalar_subquery()
-    statement = select(audit_events).where(_columns.id < first_id).order_by(_columns.id).limit(_PAGE_ROWS)
+    statement = select(audit_events).where(_columns.id < _FIRST_ID).order_by(_columns.id).limit(_PAGE_ROWS)
     rows = connection.execute(statement).all()
     while rows:
         yield rows

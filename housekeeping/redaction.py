@@ -7,10 +7,11 @@ then takes the old bytes out of the database's files.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 import orjson
-from sqlalchemy import Connection, text
+from sqlalchemy import Row, TextClause, text
 
 from db import Database
 from fields import names
@@ -23,12 +24,10 @@ from schemas import EventIn, RedactionIn
 REDACTED = "[redacted]"
 BATCH_EVENTS = 1_000  # some 50 ms; the head is locked for the last of them
 
-# The events of an actor. Those of the service's own that name it were about it: a legal hold, a recorded read.
-# Indexes: audit_events_actor_timestamp_id, audit_events_metadata; by ids: audit_events_pkey.
-_BY_ACTOR = """
-    (event.actor = :actor AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant)
-     OR event.source = :service AND event.metadata @> ANY (CAST(:about AS jsonb[])))
-"""
+# The events of an actor, and those of the service's own that name it, which were about it: a legal hold, a key,
+# a recorded read. Indexes: audit_events_actor_timestamp_id, audit_events_metadata; by ids: audit_events_pkey.
+_BY_ACTOR = "(event.actor = :actor AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant))"
+_ABOUT = "(event.source = :service AND event.metadata @> ANY (CAST(:about AS jsonb[])))"
 _BY_IDS = "event.id = ANY (CAST(:ids AS bigint[]))"
 # A hold in force keeps what it names, and the events that say of whom it is.
 _IS_HELD = """
@@ -40,10 +39,31 @@ _IS_HELD = """
         )
     )
 """
-_FIND = """
-    SELECT event.id, {held} AS is_held FROM audit_events AS event
-    WHERE {subject} AND event.redacted_at IS NULL ORDER BY event.id
+_COUNT = """
+    SELECT count(*) AS total, count(*) FILTER (WHERE {held}) AS held FROM audit_events AS event
+    WHERE ({subject}) AND event.redacted_at IS NULL
 """
+_TO_BE_ERASED = f"""
+    event.redacted_at IS NULL AND event.id <= :newest AND NOT {_IS_HELD}
+    AND (event.timestamp, event.id) > (CAST(:after_timestamp AS timestamptz), :after_id)
+"""
+# An actor may have very many: a batch is read off the index that has its order (docs/queries.md: why not a plain `=`).
+_WALK = """
+    SELECT event.* FROM unnest(ARRAY[CAST(:actor AS text)]) AS given (actor) CROSS JOIN LATERAL (
+        SELECT event.timestamp, event.id FROM audit_events AS event
+        WHERE event.actor = ANY (ARRAY[given.actor]) AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant)
+        AND {to_be_erased} ORDER BY event.actor DESC, event.timestamp, event.id LIMIT :most
+    ) AS event
+"""
+_SEARCH = "SELECT event.timestamp, event.id FROM audit_events AS event WHERE {subject} AND {to_be_erased}"
+# Searched for first, sorted then: for the order's sake PostgreSQL might walk through the whole log.
+_BATCH = """
+    WITH found AS MATERIALIZED ({found})
+    SELECT timestamp::text AS after_timestamp, id AS after_id FROM found ORDER BY found.timestamp, id LIMIT :most
+"""
+_NEWEST = text("SELECT max(id) FROM audit_events")  # index: audit_events_pkey of each partition
+# No statistics can then turn a walk into sorting all there is; what that costs on paper must not start the compiler.
+_WALK_ONLY = "SET LOCAL enable_sort = off; SET LOCAL jit = off"
 # By ids in their order. The request's hash goes too: from what a request says, few guesses would find it.
 # Indexes: audit_events_pkey, idempotency_keys_recorded_at: a key has its event's moment.
 _ERASE = text(
@@ -87,6 +107,26 @@ _ERASE_HOLDS = text(
     SELECT count(*) FROM erased
     """
 )
+# A key's name says who uses it, for as long as it works; who made and revoked it is history. Few, too: no index.
+_WORKS_NO_MORE = "(revoked_at IS NOT NULL OR expires_at <= now())"
+_ERASE_KEYS = text(
+    f"""
+    WITH erased AS (
+        UPDATE api_keys
+        SET name = CASE WHEN name = :actor AND {_WORKS_NO_MORE} THEN :redacted ELSE name END,
+            created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
+            revoked_by = CASE WHEN revoked_by = :actor THEN :redacted ELSE revoked_by END
+        WHERE (:actor IN (created_by, revoked_by) OR name = :actor AND {_WORKS_NO_MORE})
+        AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+        RETURNING id
+    ), due AS (
+        INSERT INTO rewrites_due (relation, erased_by)
+        SELECT DISTINCT 'api_keys', pg_current_xact_id()::text::bigint FROM erased
+        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+    )
+    SELECT count(*) FROM erased
+    """  # nosec B608  # noqa: S608 - put together from the constants above
+)
 _ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
 
@@ -95,7 +135,7 @@ _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many
 class Extent:
     """The events that a redaction is about and that are not redacted yet."""
 
-    ids: Sequence[int]  # to be erased, in order
+    count: int  # to be erased
     held: int  # kept by a legal hold
 
 
@@ -104,15 +144,19 @@ def measure(database: Database, wanted: RedactionIn, by: str) -> Extent:
     _check_record(database, wanted, by)
     with database.transaction() as connection:
         connection.exec_driver_sql(_RUNAWAY)
-        return _find(connection, wanted)
+        statement = _COUNT.format(
+            held=_IS_HELD, subject=_BY_IDS if wanted.actor is None else f"{_BY_ACTOR} OR {_ABOUT}"
+        )
+        total, held = connection.execute(text(statement), _values(wanted)).one()
+    return Extent(total - held, held)
 
 
 def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: int | None = None) -> Iterator[int]:
     """Erase the personal data of the events, `most` of them in this call; yield each batch's count when it is done.
 
-    `name` identifies it in the events `audit.redaction` that record it, one a batch; released legal holds are a batch
-    of 0 events. Where nothing is found, nothing is recorded and nothing yielded. Raises InvalidFields where the record
-    would itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
+    `name` identifies it in the events `audit.redaction` that record it, one a batch; released legal holds and keys are
+    a batch of 0 events. Where nothing is found, nothing is recorded and nothing yielded. Raises InvalidFields where the
+    record would itself name the person; DatabaseUnavailable while another replica redacts or drops a partition.
     """
     _check_record(database, wanted, by)
     with database.exclusive_session(partitions.UPKEEP_LOCK, partitions.UPKEEP_WAIT_S) as session:
@@ -121,13 +165,38 @@ def redact(database: Database, wanted: RedactionIn, by: str, name: str, most: in
         if any(not each.is_attached or each.is_detaching for each in partitions.list_partitions(session)):
             # Its events cannot be seen, and a legal hold may bring them back.
             raise DatabaseUnavailable("A partition is on its way out. Try again in a minute.")
-        ids = _find(session, wanted).ids[:most]
-        for start in range(0, len(ids), BATCH_EVENTS):
-            if count := _erase(database, ids[start : start + BATCH_EVENTS], wanted.reason, by, name):
+        found = 0
+        for batch in find_batches(database, wanted):
+            ids = batch if most is None else batch[: most - found]
+            if count := _erase(database, ids, wanted.reason, by, name):
                 yield count
-        is_last = wanted.actor is not None and (most is None or len(ids) < most)
-        if is_last and _erase_holds(database, wanted, by, name):
+            found += len(ids)
+            if found == most:
+                return
+        if wanted.actor is not None and _erase_holds_and_keys(database, wanted, by, name):
             yield 0
+
+
+def find_batches(database: Database, wanted: RedactionIn) -> Iterator[Sequence[int]]:
+    """The ids of what is to be erased, a batch at a time; what lands meanwhile is not among them.
+
+    A batch costs what it has, and what legal holds keep on the way to it, however many events the actor has.
+    """
+    with database.transaction() as connection:
+        values = {**_values(wanted), "newest": connection.scalar(_NEWEST), "most": BATCH_EVENTS}
+    searched = _SEARCH.replace("{subject}", _BY_IDS if wanted.actor is None else _ABOUT)
+    for found in [searched] if wanted.actor is None else [_WALK, searched]:
+        statement = text(_BATCH.format(found=found.format(to_be_erased=_TO_BE_ERASED)))
+        position = {"after_timestamp": "-infinity", "after_id": 0}
+        while rows := _read(database, statement, {**values, **position}):
+            yield [row.after_id for row in rows]
+            position = rows[-1]._asdict()
+
+
+def _read(database: Database, statement: TextClause, values: dict[str, object]) -> Sequence[Row[Any]]:
+    with database.transaction() as connection:
+        connection.exec_driver_sql(f"{_RUNAWAY}; {_WALK_ONLY}")
+        return connection.execute(statement, values).all()
 
 
 def new_name() -> str:
@@ -155,12 +224,9 @@ def _refusal(field: str, message: str) -> InvalidFields:
     return InvalidFields(errors=[{"location": f"body.{field}", "message": message}])
 
 
-def _find(connection: Connection, wanted: RedactionIn) -> Extent:
-    subject = _BY_IDS if wanted.actor is None else _BY_ACTOR
-    statement = text(_FIND.format(held=_IS_HELD, subject=subject))
-    values = {"service": SERVICE, "ids": wanted.ids, "actor": wanted.actor, "tenant": wanted.tenant}
-    rows = connection.execute(statement, {**values, "about": _about(wanted)}).all()
-    return Extent([event_id for event_id, is_held in rows if not is_held], sum(is_held for _, is_held in rows))
+def _values(wanted: RedactionIn) -> dict[str, object]:
+    subject = {"ids": wanted.ids, "actor": wanted.actor, "tenant": wanted.tenant}
+    return {**subject, "service": SERVICE, "about": _about(wanted)}
 
 
 def _about(wanted: RedactionIn) -> list[str]:
@@ -170,7 +236,8 @@ def _about(wanted: RedactionIn) -> list[str]:
     tenant = {} if wanted.tenant is None else {"tenant": wanted.tenant}
     hold = {"actor": wanted.actor, **tenant}
     read = {"filters": {"actor": [wanted.actor], **tenant}}
-    return [orjson.dumps(members).decode() for members in (hold, read)]
+    key = {"name": wanted.actor, **tenant}
+    return [orjson.dumps(members).decode() for members in (hold, read, key)]
 
 
 def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: str) -> int:
@@ -185,13 +252,16 @@ def _erase(database: Database, ids: Sequence[int], reason: str, by: str, name: s
     return int(erased["count"])
 
 
-def _erase_holds(database: Database, wanted: RedactionIn, by: str, name: str) -> int:
+def _erase_holds_and_keys(database: Database, wanted: RedactionIn, by: str, name: str) -> bool:
+    """Whether there was anything to erase."""
     values = {"actor": wanted.actor, "tenant": wanted.tenant, "redacted": REDACTED}
     with database.transaction() as connection:
         moment = connection.scalar(text("SELECT now()"))
-        if count := connection.scalar(_ERASE_HOLDS, values) or 0:
-            record(connection, _event(name, by, moment, {"legal_holds": count, "reason": wanted.reason}))
-    return int(count)
+        statements = {"legal_holds": _ERASE_HOLDS, "api_keys": _ERASE_KEYS}
+        counts = {table: connection.scalar(statement, values) for table, statement in statements.items()}
+        if found := {table: count for table, count in counts.items() if count}:
+            record(connection, _event(name, by, moment, {**found, "reason": wanted.reason}))
+    return bool(found)
 
 
 def _event(name: str, by: str, moment: object, metadata: dict[str, object]) -> EventIn:

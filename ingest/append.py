@@ -33,6 +33,7 @@ class Prepared:
     timestamp: str  # RFC 3339; the moment of its arrival where the client sent none
     key: tuple[str, str] | None  # tenant and idempotency key
     request_hash: bytes | None  # of a keyed event: tells a repetition from another event under the same key
+    weight: int  # how long PostgreSQL holds the lock for it, next to others: see _weigh()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Submission:
     events: Sequence[Prepared]
     places: Sequence[int]  # of each event asked for, its index in `events`
     keys: Set[tuple[str, str]]
+    weight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,11 @@ class KeyConflict:
 Outcome = Appended | KeyConflict
 
 
-def prepare_event(event: EventIn, now: datetime) -> Prepared:
-    """Hash the personal part and write the row; `now` stands in for a timestamp that was not sent."""
+def prepare_event(event: EventIn, now: datetime, trace_id: str | None = None) -> Prepared:
+    """Hash the personal part and write the row. `now` and `trace_id` stand in for what the event does not say.
+
+    Neither is in the request's hash: a client that sends it again does so later, and in another trace.
+    """
     row: dict[str, Any] = {name: value for name, value in event.__dict__.items() if value is not None}
     key = row.pop("idempotency_key", None)
     timestamp = entries.format_timestamp(event.timestamp or now)
@@ -72,14 +77,26 @@ def prepare_event(event: EventIn, now: datetime) -> Prepared:
         row["timestamp"] = timestamp
     request_hash = None if key is None else sha256(entries.canonical_json(row)).digest()
     row["timestamp"] = timestamp
+    if trace_id is not None:
+        row.setdefault("trace_id", trace_id)
     nonce = secrets.token_bytes(entries.NONCE_BYTES)
     row["personal_hash"] = entries.hash_personal_part(nonce, entries.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
     if request_hash is None:
-        return Prepared(orjson.dumps(row), timestamp, None, None)
+        text = orjson.dumps(row)
+        return Prepared(text, timestamp, None, None, _weigh(text))
     row["idempotency_key"] = key
     row["request_hash"] = request_hash.hex()
-    return Prepared(orjson.dumps(row), timestamp, (event.tenant or "", str(key)), request_hash)
+    text = orjson.dumps(row)
+    return Prepared(text, timestamp, (event.tenant or "", str(key)), request_hash, _weigh(text))
+
+
+def _weigh(row: bytes) -> int:
+    """Its bytes, and 50 more for each comma, for each value in metadata is an entry of an index.
+
+    1 MiB of it takes PostgreSQL 10 to 50 ms, from 60,000 letters in one event to 6,000 numbers in each.
+    """
+    return len(row) + 50 * row.count(b",")
 
 
 def submission_of(events: Sequence[Prepared]) -> Submission:
@@ -94,15 +111,13 @@ def submission_of(events: Sequence[Prepared]) -> Submission:
         if place == len(unique):
             unique.append(event)
         elif unique[place].request_hash != event.request_hash:
-            raise conflict_at(index, len(events))
+            raise conflict_at(index)
         places.append(place)
-    return Submission(unique, places, first_places.keys())
+    return Submission(unique, places, first_places.keys(), sum([event.weight for event in unique]))
 
 
-def conflict_at(index: int, count: int) -> IdempotencyConflict:
-    """The key of the event at this index, of so many, was used before."""
-    if count == 1:
-        return IdempotencyConflict()
+def conflict_at(index: int) -> IdempotencyConflict:
+    """The key of the event at this index of a batch was used before."""
     location = f"body.{index}.idempotency_key"
     return IdempotencyConflict(errors=[{"location": location, "message": "was used before, with another event"}])
 

@@ -64,6 +64,7 @@ SCHEMA: dict[str, Any] = {
 }
 _ATTRIBUTES = {field: attribute for attribute, field in _FIELDS.items()}
 _PASSED_OVER = {"specversion", "id", "datacontenttype", "dataschema", "traceparent"}
+_QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*)"')
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
@@ -124,6 +125,9 @@ def _invalid(location: tuple[str, ...], name: str, message: str) -> InvalidField
 
 
 def _decode_header(attribute: str, value: bytes) -> str:
+    """First without its double quotes, then percent-decoded, once (HTTP binding section 3.1.3.2)."""
+    if quoted := _QUOTED.fullmatch(value):
+        value = re.sub(rb"\\(.)", rb"\1", quoted[1])
     try:
         return unquote_to_bytes(value).decode("utf-8")
     except UnicodeDecodeError:

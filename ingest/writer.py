@@ -1,8 +1,9 @@
 """The group-commit writer: one flush at a time, and whatever arrives meanwhile goes into the next one.
 
 A request is acknowledged only after the commit of the flush that holds its events. What waits is bounded by
-count, and by bytes from the first that is read; past it the answer is 503 at once. The writer's thread owns its
-connection; the event loop owns the totals; the deque between them is appended to by one and popped by the other.
+count, and by bytes from the first that is read, of which one key has three quarters at the most; past it the answer
+is 503 at once. The writer's thread owns its connection; the event loop owns the totals; the deque between them is
+appended to by one and popped by the other.
 """
 
 import asyncio
@@ -38,7 +39,9 @@ logger = logging.getLogger("audit.ingest")
 
 MAX_QUEUED_EVENTS = 20_000
 MAX_HELD_BYTES = 32 * 1024 * 1024  # of bodies, from their first byte to their answer; parsed they take six times that
-MAX_FLUSH_EVENTS = 2_000  # keeps the head's lock for some 50 ms; a larger batch goes alone
+# Keep the head's lock for some 50 ms, and for 100 ms at the most; a larger batch goes alone.
+MAX_FLUSH_EVENTS = 2_000
+MAX_FLUSH_WEIGHT = 3 * 1024 * 1024 // 2
 
 # A flush whose outcome is unknown is sent again until it is known, for as long as a client may be kept waiting.
 _RESOLVE_S = 5.0
@@ -53,8 +56,10 @@ _IDLE_S = 1.0
 
 # lock_timeout: how long others may hold the head. The plans: append_events() is planned once, by its indexes, for
 # statistics of an empty table would have it read a full one whole; and compiling it would cost more than it takes.
+# gin_pending_list_limit: one flush in many files the index entries that wait; of 4 MB, as usual, for 400 ms.
 _SESSION = (
     "SET lock_timeout = '10s'; SET statement_timeout = '30s'; SET synchronous_commit = on;"
+    " SET gin_pending_list_limit = '1MB';"
     " SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off"
 )
 _NEXT_ID = "SELECT first_id + size FROM ledger_head"
@@ -75,23 +80,39 @@ class _Waiting:
 class Room:
     """A context: called in it with the size of what is about to be held, raises QueueFull where that is too much."""
 
-    __slots__ = ("_held", "_writer")
+    __slots__ = ("_charged", "_held", "_key_id", "_writer")
 
-    def __init__(self, writer: "Writer") -> None:
+    def __init__(self, writer: "Writer", key_id: str) -> None:
         self._writer = writer
+        self._key_id = key_id
         self._held = 0
+        self._charged = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, size_bytes: int) -> None:
-        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES:
-            raise QueueFull()
+        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES // 4:
+            self._charge(size_bytes)
         self._writer.held_bytes += size_bytes
         self._held += size_bytes
 
+    def _charge(self, size_bytes: int) -> None:
+        """Beyond the first quarter, which is anybody's, count for whom: bodies that trickle in take half at most."""
+        charged = self._writer.charged_bytes.get(self._key_id, 0) + size_bytes
+        if charged > MAX_HELD_BYTES // 2:
+            raise QueueFull("This key sends more at the same time than one key may. Nothing was stored; try again.")
+        if self._writer.held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise QueueFull()
+        self._writer.charged_bytes[self._key_id] = charged
+        self._charged += size_bytes
+
     def __exit__(self, *_: object) -> None:
         self._writer.held_bytes -= self._held
+        if self._charged:
+            charged = self._writer.charged_bytes.pop(self._key_id) - self._charged
+            if charged:
+                self._writer.charged_bytes[self._key_id] = charged
 
 
 class Writer:
@@ -104,6 +125,7 @@ class Writer:
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
         self.held_bytes = 0
+        self.charged_bytes: dict[str, int] = {}  # of those, by key
         self._wake = threading.Event()
         self._stopping = False
         self._connection: Connection | None = None
@@ -113,9 +135,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
-    def room(self) -> "Room":
+    def room(self, key_id: str) -> "Room":
         """What one request's body may take of the bytes that are bounded, until it is answered."""
-        return Room(self)
+        return Room(self, key_id)
 
     async def append(self, events: Sequence[Prepared]) -> Appended:
         """Append the events, all or none; return when they are committed.
@@ -169,21 +191,23 @@ class Writer:
         A key comes once in a flush: what repeats it waits for the next one, and finds it stored or not.
         """
         piece: list[_Waiting] = []
-        events = 0
+        events = weight = 0
         keys: set[tuple[str, str]] = set()
         while self._queue:
             submission = self._queue[0].submission
-            if piece and (events + len(submission.events) > MAX_FLUSH_EVENTS or not keys.isdisjoint(submission.keys)):
+            events += len(submission.events)
+            weight += submission.weight
+            is_full = events > MAX_FLUSH_EVENTS or weight > MAX_FLUSH_WEIGHT
+            if piece and (is_full or not keys.isdisjoint(submission.keys)):
                 break
             piece.append(self._queue.popleft())
-            events += len(submission.events)
             keys |= submission.keys
         return piece
 
-    def _settle(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
+    def _settle(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
         """One result for each submission, whatever happens: nobody waits for ever."""
         try:
-            return self._flush_piece(piece)
+            return self._flush_piece(piece, retried_from)
         except Problem as problem:
             return [problem] * len(piece)
         except Exception:
@@ -191,39 +215,57 @@ class Writer:
             self._disconnect()
             return [InternalError()] * len(piece)
 
-    def _flush_piece(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
-        """What PostgreSQL refuses fails alone: the piece is halved around it."""
+    def _flush_piece(self, piece: Sequence[_Waiting], retried_from: int | None) -> list[Outcome | Problem]:
         try:
-            return self._append(piece)
+            return self._append(piece, retried_from)
         except psycopg2.Error as error:
             if _is_lost(error):
-                return self._resolve(piece)
-            if _lacks_partition(error):
-                partitions.create_coming_months(self._owner)
-            elif is_outage(error) or len(piece) == 1:
+                return self._resolve(piece, self._next_id if retried_from is None else retried_from)
+            if is_outage(error):
                 raise problem_of(error) from None
-            middle = (len(piece) + 1) // 2
-            return [*self._settle(piece[:middle]), *(self._settle(piece[middle:]) if piece[middle:] else [])]
+            return self._isolate(piece, error, retried_from)
 
-    def _append(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
+    def _isolate(
+        self, piece: Sequence[_Waiting], refusal: psycopg2.Error, retried_from: int | None
+    ) -> list[Outcome | Problem]:
+        """What PostgreSQL refuses fails alone: the piece is halved around it. A month is missing for all of it."""
+        if len(piece) == 1 or _lacks_partition(refusal):
+            raise problem_of(refusal) from None
+        middle = len(piece) // 2
+        return [*self._settle(piece[:middle], retried_from), *self._settle(piece[middle:], retried_from)]
+
+    def _append(self, piece: Sequence[_Waiting], retried_from: int | None) -> list[Outcome | Problem]:
+        """One flush, and once more where a month was missing that can be made."""
+        try:
+            return self._append_once(piece, retried_from)
+        except psycopg2.Error as error:
+            if not _lacks_partition(error):
+                raise
+            partitions.create_coming_months(self._owner)
+            return self._append_once(piece, retried_from)
+
+    def _append_once(self, piece: Sequence[_Waiting], retried_from: int | None) -> list[Outcome | Problem]:
         submissions = [waiting.submission for waiting in piece]
         outcomes, self._next_id = append_submissions(self._require_connection(), submissions, retried_from)
         self._heard_at = time.monotonic()
         return list(outcomes)
 
-    def _resolve(self, piece: Sequence[_Waiting]) -> list[Outcome | Problem]:
+    def _resolve(self, piece: Sequence[_Waiting], retried_from: int) -> list[Outcome | Problem]:
         """The connection was lost with a flush in it. Send it again: append_events() finds what it did store.
 
-        Not before the first one has ended for sure: the server may go on with it, long after we lost it.
+        Not before the first one has ended for sure: the server may go on with it, long after we lost it. Where the
+        rows are refused then, they were not stored before, for those that were are not stored again.
         """
         logger.error("connection lost during a flush")
-        retried_from, lost = self._next_id, [self._backend]
+        lost = [self._backend]
         deadline = time.monotonic() + _RESOLVE_S
         while True:
             self._disconnect()
             try:
                 self._end_backends(self._require_connection(), lost)
                 return self._append(piece, retried_from)
+            except (psycopg2.DataError, psycopg2.IntegrityError) as error:
+                return self._isolate(piece, error, retried_from)
             except (psycopg2.Error, Problem) as error:
                 if time.monotonic() > deadline:
                     logger.error("the outcome of a flush stays unknown: %s", type(error).__name__)
@@ -277,7 +319,11 @@ class Writer:
 
 def _has_ended(connection: Connection) -> bool:
     """Whether the server has closed it: nothing else is there to read while nothing was asked."""
-    return bool(connection.closed or select.select([connection], [], [], 0)[0])
+    if connection.closed:
+        return True
+    poll = select.poll()  # select() takes no descriptor beyond 1,023
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_lost(error: psycopg2.Error) -> bool:
@@ -303,6 +349,6 @@ def _answer(piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> 
         if isinstance(result, Problem):
             waiting.answer.set_exception(copy.copy(result))  # each request raises one of its own
         elif isinstance(result, KeyConflict):
-            waiting.answer.set_exception(conflict_at(result.index, len(waiting.submission.places)))
+            waiting.answer.set_exception(conflict_at(result.index))
         else:
             waiting.answer.set_result(result)

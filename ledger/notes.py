@@ -162,6 +162,14 @@ def parse_verifier(text: str) -> Verifier:
     return verifier
 
 
+def decode_note(note: bytes) -> str:
+    """A note's bytes as text; raises NoteError."""
+    try:
+        return note.decode()
+    except UnicodeDecodeError:
+        raise NoteError("a note is UTF-8") from None
+
+
 def parse_note(note: str) -> Note:
     """Take a note apart, whoever signed it; raises NoteError."""
     if len(note) > MAX_NOTE_BYTES:

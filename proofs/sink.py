@@ -1,12 +1,19 @@
 """A checkpoint kept outside the database, in a file or at a URL, which remembers what a restored backup forgot."""
 
+import errno
+import http.client
 import os
+import secrets
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-_TIMEOUT_S = 5
+from ledger.notes import decode_note
+
+_TIMEOUT_S = 2  # twice: the 5 s that a transaction may wait, db.py, must be enough for read() and write()
 _MOST_BYTES = 1_000_000
 _CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -15,7 +22,7 @@ class Sink(Protocol):
     """Where the newest checkpoint is kept. Both raise OSError."""
 
     def read(self) -> str | None:
-        """What is kept there, or None where nothing is yet."""
+        """What is kept there, or None where nothing is yet; raises NoteError where it is no text."""
 
     def write(self, note: str) -> None:
         """Keep this instead."""
@@ -29,17 +36,34 @@ class FileSink:
 
     def read(self) -> str | None:
         try:
-            return self._path.read_text(encoding="utf-8")
+            return decode_note(self._path.read_bytes())
         except FileNotFoundError:
             return None
 
     def write(self, note: str) -> None:
-        written = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with written.open("w", encoding="utf-8") as file:
-            file.write(note)
-            file.flush()
-            os.fsync(file.fileno())
-        written.replace(self._path)
+        # Not the pid's: on a shared volume two containers have the same. Nor tempfile's: others may read this file.
+        written = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
+        try:
+            with written.open("x", encoding="utf-8") as file:
+                file.write(note)
+                file.flush()
+                os.fsync(file.fileno())
+            written.replace(self._path)
+        finally:
+            written.unlink(missing_ok=True)
+        _sync_folder(self._path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Until then a power cut may undo a rename in it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system cannot; PostgreSQL, fsync_fname_ext(), goes on, too
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class UrlSink:
@@ -50,18 +74,30 @@ class UrlSink:
 
     def read(self) -> str | None:
         try:
-            with urllib.request.urlopen(self._url, timeout=_TIMEOUT_S) as answer:  # nosec B310  # noqa: S310 - http(s)
-                return str(answer.read(_MOST_BYTES).decode())
+            with _answer_to(urllib.request.Request(self._url)) as answer:  # noqa: S310 - http(s), see sink_at()
+                note = answer.read(_MOST_BYTES)
+                if answer.length:  # what read() with a limit leaves unread, and says nothing of
+                    raise OSError("the answer was cut off, or is longer than any checkpoint")
+                return decode_note(note)
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
             raise
 
     def write(self, note: str) -> None:
-        request = urllib.request.Request(  # nosec B310  # noqa: S310 - http(s), see sink_at()
-            self._url, note.encode(), {"Content-Type": _CONTENT_TYPE}, method="PUT"
-        )
-        urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()  # nosec B310  # noqa: S310 - http(s), see sink_at()
+        headers = {"Content-Type": _CONTENT_TYPE}
+        request = urllib.request.Request(self._url, note.encode(), headers, method="PUT")  # noqa: S310 - as above
+        with _answer_to(request):
+            pass
+
+
+@contextmanager
+def _answer_to(request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # nosec B310  # noqa: S310 - as above
+            yield answer
+    except http.client.HTTPException as error:
+        raise OSError(f"the answer is not one of HTTP: {type(error).__name__}") from None
 
 
 def sink_at(place: str | None) -> Sink | None:

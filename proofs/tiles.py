@@ -18,6 +18,7 @@ from queries.seals import Seal, recorded_condition, recorded_values
 _columns = audit_events.c
 
 _FIRST_ID = "SELECT first_id FROM ledger_head"  # one row; it stays as the ledger's migration made it
+_SIZE = "SELECT size FROM ledger_head"  # one row
 # Index: ledger_tiles_pkey, one look a tile.
 _FULL_TILES = """
     SELECT wanted.level, wanted.tile_index, tile.hashes
@@ -78,6 +79,12 @@ class TransactionSource:
 def read_first_id(source: Source) -> int:
     """The id of the event whose leaf has the index 0."""
     return int(source.walk(_FIRST_ID, {})[0][0])
+
+
+def require_size(source: Source, size: int) -> None:
+    """Raises TileNotFound where the tree has not grown so far: of some sizes a proof needs no tile."""
+    if size > source.walk(_SIZE, {})[0][0]:
+        raise TileNotFound()
 
 
 def read_tiles(source: Source, tiles: Collection[TileId], size: int) -> Tiles:

@@ -10,12 +10,12 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row, Select, bindparam, func, literal_column, select, true, union
+from sqlalchemy import Row, Select, and_, bindparam, case, func, literal_column, select, true, union
 
 from fields import Interval
 from models import audit_events
 from problems import InvalidFields
-from queries.filters import conditions, values_of
+from queries.filters import UNINDEXED_FIELDS, conditions, values_of
 from queries.lines import BUCKET_JSON
 from queries.listing import find_edge
 from queries.reader import DIALECT, Reader
@@ -38,15 +38,25 @@ _columns = audit_events.c
 
 
 def count_events(reader: Reader, wanted: EventFilter, limit: int) -> tuple[int, bool]:
-    """How many events there are, and whether the counting stopped at the limit."""
-    count: int = _ask(reader, _count, wanted, {"most": limit + 1})[0][0]
-    return min(count, limit), count > limit
+    """How many events there are, and whether the limit was reached before all were looked at: there may be more."""
+    (found,) = _ask(reader, _count, wanted, {"most": limit + 1})
+    return min(found.met, limit), found.looked_at > limit
 
 
 def _count(wanted: EventFilter) -> Select[Any]:
-    """How many events there are, `most` at the most. Indexes: those of the filters."""
-    found = select(true()).select_from(audit_events).where(*conditions(wanted)).limit(bindparam("most")).subquery()
-    return select(func.count()).select_from(found)
+    """How many events were looked at, `most` at the most, and how many of them meet the filters without an index too.
+
+    Indexes: those of the other filters.
+    """
+    given = {name: value for name in UNINDEXED_FIELDS if (value := getattr(wanted, name)) is not None}
+    indexed = wanted.model_copy(update=dict.fromkeys(given))
+    columns: list[Any] = [_columns[name] for name in given] or [true()]
+    looked_at = (
+        select(*columns).select_from(audit_events).where(*conditions(indexed)).limit(bindparam("most")).subquery()
+    )
+    count: Any = func.count()
+    met = count.filter(*conditions(EventFilter().model_copy(update=given), looked_at.c)) if given else count
+    return select(count.label("looked_at"), met.label("met")).select_from(looked_at)
 
 
 def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
@@ -55,8 +65,10 @@ def count_by_time(reader: Reader, wanted: HistogramQuery) -> Sequence[Row[Any]]:
     An end of the range that is not given is where the first or last of the events is.
     """
     first = wanted.start or find_edge(reader, wanted, "asc")
+    if first is None:
+        return []
     last = wanted.end - _INSTANT if wanted.end is not None else find_edge(reader, wanted, "desc")
-    if first is None or last is None:
+    if last is None:
         return []
     shortest, _ = _LENGTHS[wanted.interval]
     is_possible = (last - first) / shortest < MAX_BUCKETS * 2
@@ -83,11 +95,15 @@ def _histogram(wanted: EventFilter) -> Select[Any]:
 
     PostgreSQL's own rules of the time zone make the buckets, those of the events and the empty ones alike:
     so a day on which clocks change has 23 or 25 hours, and one that a zone skipped has no bucket.
+    Where clocks go back to midnight PostgreSQL's day begins at the second one, but it counts the hour before.
     Indexes: those of the filters, and of the time range.
     """
 
     def bucket(moment: Any) -> Any:
         return func.date_trunc(bindparam("interval"), moment, bindparam("time_zone")).label("start")
+
+    def zoned(moment: Any) -> Any:
+        return func.timezone(bindparam("time_zone"), moment)
 
     first: Any = bindparam("first")
     last: Any = bindparam("last")
@@ -104,9 +120,16 @@ def _histogram(wanted: EventFilter) -> Select[Any]:
         .select_from(buckets.outerjoin(counted, buckets.c.start == counted.c.start))
         .order_by(buckets.c.start)
         .limit(bindparam("most"))
-        .subquery("bucket")
+        .subquery("filled")
     )
-    return select(filled.c.events, BUCKET_JSON.label("json")).order_by(filled.c.start)
+    instant: Any = literal_column("interval '1 microsecond'")
+    gone_back = zoned(filled.c.start - instant) + instant - zoned(filled.c.start)
+    is_dated = and_(*(bindparam("interval") != literal_column(f"'{each}'") for each in ("hour", "minute")))
+    start = case(
+        (is_dated, filled.c.start - func.greatest(gone_back, literal_column("interval '0'"))), else_=filled.c.start
+    )
+    bucket_of = select(start.label("start"), filled.c.events).subquery("bucket")
+    return select(bucket_of.c.events, BUCKET_JSON.label("json")).order_by(bucket_of.c.start)
 
 
 def count_by_value(reader: Reader, wanted: TopQuery) -> Sequence[Row[Any]]:

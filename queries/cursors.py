@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 
 from problems import InvalidCursor
-from schemas import EventListing
+from schemas import MAX_ID, EventListing
 
 _VERSION = 1
 
@@ -32,7 +32,7 @@ def decode_cursor(wanted: EventListing) -> Position | None:
         position = when.astimezone(UTC), int(event_id)
     except (ValueError, TypeError, OverflowError):
         raise InvalidCursor() from None
-    if version != _VERSION or when.tzinfo is None or not 0 <= position[1] < 2**63:
+    if version != _VERSION or when.tzinfo is None or not -MAX_ID <= position[1] <= MAX_ID:
         raise InvalidCursor()
     if fingerprint != _fingerprint(wanted):
         raise InvalidCursor("This cursor belongs to other filters: a cursor continues the query that gave it.")
@@ -41,5 +41,5 @@ def decode_cursor(wanted: EventListing) -> Position | None:
 
 def _fingerprint(wanted: EventListing) -> str:
     """The same for the same filters and order, whatever the page and its size."""
-    filters = wanted.model_dump_json(exclude={"cursor", "limit"})
+    filters = json.dumps(wanted.model_dump(mode="json", exclude={"cursor", "limit"}), sort_keys=True)
     return hashlib.sha256(filters.encode()).hexdigest()[:16]

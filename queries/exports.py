@@ -2,6 +2,7 @@
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -15,6 +16,7 @@ from queries.reader import Reader
 from schemas import ExportQuery
 
 MAX_OPEN_EXPORTS = 4  # in one process; each holds four pages
+MAX_EXPORTS_PER_KEY = 2  # of those: a slow reader keeps one open for as long as it likes
 GZIP_LEVEL = 1
 
 
@@ -24,16 +26,20 @@ class Exports:
     def __init__(self, reader: Reader, gauge: Gauge) -> None:
         self._reader = reader
         self._gauge = gauge
-        self._open = 0
+        self._open: Counter[str] = Counter()  # how many each key has
 
-    async def start(self, query: ExportQuery, tenant: str | None = None, *, compressed: bool) -> "Export":
+    async def start(self, query: ExportQuery, key_id: str, tenant: str | None = None, *, compressed: bool) -> "Export":
         """An export whose first page is read, so that what can fail at once has not. Each is to be closed.
 
         `tenant`: the one that the caller is bound to, if any; the query is, too.
         """
-        if self._open >= MAX_OPEN_EXPORTS:
+        if self._open.total() >= MAX_OPEN_EXPORTS:
             raise TooManyReaders("As many exports are open as this process serves at a time.")
-        self._count(1)
+        if self._open[key_id] >= MAX_EXPORTS_PER_KEY:
+            raise TooManyReaders(
+                f"This key has {MAX_EXPORTS_PER_KEY} exports open in this process, and may have no more."
+            )
+        self._count(key_id, 1)
         try:
             oldest, newest = await self._reader.scan(read_bounds)
             # From the oldest on, for to look through all the ids before it may take for ever.
@@ -43,12 +49,14 @@ class Exports:
             pages = read_pages(self._reader.seen_by(tenant), selection, after)
             first = await anext(pages, None)
         except BaseException:
-            self._count(-1)
+            self._count(key_id, -1)
             raise
-        return Export(query, snapshot, first, pages, compressed=compressed, close=lambda: self._count(-1))
+        return Export(query, snapshot, first, pages, compressed=compressed, close=lambda: self._count(key_id, -1))
 
-    def _count(self, change: int) -> None:
-        self._open += change
+    def _count(self, key_id: str, change: int) -> None:
+        self._open[key_id] += change
+        if not self._open[key_id]:
+            del self._open[key_id]
         self._gauge.inc(change)
 
 

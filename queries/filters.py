@@ -11,6 +11,7 @@ from models import audit_events
 from schemas import EventFilter
 
 PATTERN_FIELDS = ("actor", "event_type")
+UNINDEXED_FIELDS = ("resource", "outcome", "source", "source_ip", "trace_id")
 _EXACT_FIELDS = ("tenant", "resource", "outcome", "source", "trace_id")
 _VALUE_FIELDS = (*_EXACT_FIELDS, "start", "end", "source_ip")
 

@@ -2,7 +2,7 @@
 
 A page is a walk: an index that has the order is read from the cursor on until the page is full. Where another
 index could find a rare value sooner, the walk looks at so many events at the most; if the page is not full by
-then, the rest is searched for, in one stretch of time after the other.
+then, it is searched for instead, in one stretch of time after the other.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,12 @@ from sqlalchemy import (
     Row,
     Select,
     Text,
+    and_,
     any_,
     bindparam,
     cast,
     func,
+    or_,
     select,
     tuple_,
 )
@@ -35,7 +37,7 @@ from queries.reader import DIALECT, Reader
 from queries.seals import Seal, recorded_condition, recorded_values
 from schemas import EventFilter, EventListing
 
-WALKED_EVENTS = 5_000  # takes 4 ms
+WALKED_EVENTS = 5_000  # takes 4 ms, of which numbering them 2
 DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less
 FETCHED_EVENTS = 250  # at a time, for what is fetched is held whole: some 24 MB, were each as large as it can be
 PAGE_LENGTH = 4 * 1024 * 1024  # characters of JSON with which a page ends
@@ -94,7 +96,7 @@ def _read(reader: Reader, wanted: EventListing, after: Position | None) -> Seque
     """The events of the page, and one more where there is one."""
     is_bounded = can_search(wanted)
     rows = _walk(reader, wanted, after, is_bounded)
-    return _search(reader, wanted, after) if is_bounded and len(rows) <= wanted.limit else rows
+    return _search(reader, wanted, after) if is_bounded and any(row.is_cut for row in rows) else rows
 
 
 def _walked_field(wanted: EventListing) -> str | None:
@@ -114,7 +116,10 @@ def can_search(wanted: EventListing) -> bool:
 
 
 def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
-    """The page from an index in its order; bounded, it looks at no more than WALKED_EVENTS."""
+    """The page from an index in its order; bounded, it looks at WALKED_EVENTS or little more.
+
+    Where it was cut short, a row that `is_cut` stands there and is none of the page's: what follows it has gaps.
+    """
     return reader.walk(*walk_statement(wanted, after, is_bounded, reader.seals()))
 
 
@@ -133,7 +138,7 @@ def walk_statement(
         values |= {"after_timestamp": after[0], "after_id": after[1]}
     if is_bounded:
         walks = 1 if walked is None else len(values[walked])
-        values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1)}
+        values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1) + 1}  # the last tells that there are more
     return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
 
 
@@ -182,7 +187,10 @@ def _walk_sql(shape: _Shape) -> str:
 def _walk_one(
     wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
 ) -> Select[Any]:
-    """The first events that meet all conditions; bounded, among the first `most` of the walked ones."""
+    """The first events that meet all conditions; bounded, among the first of the walked ones, and then the `most`th.
+
+    That one `is_cut`, whatever it meets: the walks of other values may go on behind it, and this one does not.
+    """
     in_range = [*_beyond(wanted, after), *time_conditions(wanted)]
     if in_range:
         in_range.append(recorded_condition(_columns.recorded_at))
@@ -190,26 +198,34 @@ def _walk_one(
     if not is_bounded:
         return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
     looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")
-    return _in_order(wanted, select(looked_at).where(*conditions(wanted, looked_at.c)), looked_at.c, sorted_by)
+    number = func.row_number().over(order_by=_sort_key(wanted, looked_at.c, sorted_by))
+    numbered = select(looked_at, (number == bindparam("most")).label("is_cut")).lateral("numbered")
+    found = select(numbered).where(or_(numbered.c.is_cut, and_(*conditions(wanted, numbered.c))))
+    return _in_order(wanted, found, numbered.c, sorted_by)
 
 
 def _page(wanted: EventListing, events: FromClause, *others: Any) -> Select[Any]:
     """What a page needs of these events."""
-    columns = events.c.timestamp, events.c.id, EVENT_JSON.label("json")
+    columns = [events.c.timestamp, events.c.id, EVENT_JSON.label("json")]
+    columns += [events.c.is_cut] if "is_cut" in events.c else []
     return _in_order(wanted, select(*columns).select_from(*others, events), events.c)
 
 
 def _in_order(
     wanted: EventListing, statement: Select[Any], columns: Any, sorted_by: tuple[str, ...] = ()
 ) -> Select[Any]:
-    """Sorted as asked for, with one event more than the page holds, which tells whether there is a next one.
+    """Sorted as asked for, with one event more than the page holds, which tells whether there is a next one."""
+    return statement.order_by(*_sort_key(wanted, columns, sorted_by)).limit(bindparam("limit", wanted.limit + 1))
 
-    Before that by the columns that an index begins with. They ascend where timestamp and id descend.
+
+def _sort_key(wanted: EventListing, columns: Any, sorted_by: tuple[str, ...]) -> list[ColumnElement[Any]]:
+    """The order asked for, before that the columns that an index begins with.
+
+    They ascend where timestamp and id descend.
     """
     is_newest_first = wanted.order == "desc"
     leading = [columns[name].asc() if is_newest_first else columns[name].desc() for name in sorted_by]
-    key = [column.desc() if is_newest_first else column.asc() for column in (columns.timestamp, columns.id)]
-    return statement.order_by(*leading, *key).limit(bindparam("limit", wanted.limit + 1))
+    return leading + [column.desc() if is_newest_first else column.asc() for column in (columns.timestamp, columns.id)]
 
 
 def _beyond(wanted: EventListing, after: Position | None) -> list[ColumnElement[bool]]:
@@ -249,7 +265,9 @@ def _nearest(wanted: EventListing, after: Position | None) -> Select[Any]:
 def _split(wanted: EventListing, nearest: datetime, length: timedelta) -> tuple[EventListing, EventListing]:
     """The stretch that begins at the nearest event, and what lies behind it."""
     if wanted.order == "asc":
-        cut = nearest + min(length, _LATEST - nearest)
+        if length >= _LATEST - nearest:  # no end, which is exclusive, lies behind the last moment there is
+            return wanted, wanted.model_copy(update={"start": _LATEST, "end": _LATEST})
+        cut = nearest + length
         cut = min(cut, wanted.end or cut)
         return wanted.model_copy(update={"end": cut}), wanted.model_copy(update={"start": cut})
     cut = nearest - min(length, nearest - _EARLIEST)

@@ -39,8 +39,9 @@ DIALECT = postgresql.psycopg2.dialect()  # type: ignore[no-untyped-call]  # SQLA
 SEALS_MAX_AGE_S = 60.0
 MAX_PREPARED = 50  # statements a connection; 26 partitions make a plan of about 200 kB
 
-_POOL_SIZE = 8
-_BOUND_POOL_SIZE = 4
+# With those of db.py few enough that two workers fit into PostgreSQL's 100: docs/queries.md has the sum.
+_POOL_SIZE = 6
+_BOUND_POOL_SIZE = 3
 TENANT_ROLE = "audit_tenant_reader"  # alembic/versions/0008_keys_and_tenants.py makes it
 _SET_TENANTS = "SELECT set_config('audit.tenants', %(audit_tenants)s::text[]::text, true)"
 _SCANS = 4  # at the same time; others wait their turn
@@ -61,7 +62,7 @@ class _Pools:
     def __init__(self, url: URL, query_timeout: timedelta, size: int, options: str) -> None:
         self.searches = _create_engine(url, query_timeout, size, options)
         self.walks = _create_engine(url, query_timeout, size, f"{WALK_OPTIONS} {options}")
-        self.scans = _create_engine(url, query_timeout, size, options, isolation_level="READ COMMITTED")
+        self.scans = _create_engine(url, query_timeout, _SCANS, options, isolation_level="READ COMMITTED")
         event.listen(self.walks, "before_cursor_execute", _execute_prepared, retval=True)
 
     def close(self) -> None:

@@ -34,9 +34,9 @@ class BoundedRoute(APIRoute):
 
         async def answer_bounded(request: Request) -> Response:
             headers: Headers = dict(request.scope["headers"])
-            await admit(request.scope, headers)
+            caller = await admit(request.scope, headers)
             state: State = request.app.state
-            with state.writer.room() as room:
+            with state.writer.room(caller.id) as room:
                 try:
                     body = await read_body(headers, request.receive, room, MAX_BODY_BYTES)
                 except ClientDisconnect:

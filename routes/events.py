@@ -99,7 +99,8 @@ _WRITE_PROBLEMS = responses(MalformedBody, IdempotencyConflict, BodyTooLarge, Un
 def create_event(caller: Writing) -> None:
     """Append one event, or a CloudEvents batch. 201 means that it is committed.
 
-    With an idempotency key, in `Idempotency-Key` or in the body, a repetition answers 200 with the first event.
+    With an idempotency key, in `Idempotency-Key` or in the body, a repetition answers 200 with the first event. The key
+    of a CloudEvent is its source and id; with one, and with a batch, `Idempotency-Key` is refused.
     """
     # For OpenAPI: routes/writes.py answers before the router is asked.
 
@@ -112,7 +113,10 @@ def create_event(caller: Writing) -> None:
     responses=_WRITE_PROBLEMS | answer(examples.RECEIPT, 201),
 )
 def create_events(caller: Writing) -> None:
-    """Append up to 10,000 events, all or none, from a JSON array or NDJSON."""
+    """Append up to 10,000 events, all or none, from a JSON array or NDJSON.
+
+    Each has an `idempotency_key` of its own; the header `Idempotency-Key` is refused.
+    """
     # For OpenAPI: routes/writes.py answers before the router is asked.
 
 
@@ -131,7 +135,7 @@ def list_events(request: Request, caller: Reading, wanted: Annotated[EventListin
 
 @router.get("/count", responses=answer(examples.COUNT))
 def count_events(request: Request, caller: Reading, wanted: Annotated[EventFilter, Query()]) -> Count:
-    """How many events there are, counted up to `COUNT_LIMIT`."""
+    """How many events there are among the first `COUNT_LIMIT` that are looked at."""
     wanted, limit = caller.narrow(wanted), request.app.state.settings.count_limit
     count, capped = aggregates.count_events(_reader(request, caller), wanted, limit)
     _record_read(request, caller, "count", wanted, count)

@@ -11,7 +11,7 @@ _NONCE = "d4735e3a265e16eee03f59718b9b5d03"
 _PERSONAL_HASH = "48cc487fb3f13bd47476f46c582c52f7d08ef263ee83e18eb8690557312341b1"
 _RECORDED_AT = "2026-11-24T09:30:00.012345Z"
 _FIRST_LEAF = "AHuEAQzBBxyQAASQVsiKtLAjnJ78FgplA3zQhfHnyz0="
-_CURSOR = "WzEsICJhOTA2MzdjODJkNmM3YmIyIiwgIjIwMjYtMTEtMjRUMDk6MzA6MDArMDA6MDAiLCAyXQ"
+_CURSOR = "WzEsICI2ZDY0NDk1NjZjYzI1OTRmIiwgIjIwMjYtMTEtMjRUMDk6MzA6MDArMDA6MDAiLCAyXQ"
 _ENTRY = (
     f'{{"event_type":"order.create","id":2,"outcome":"success","personal_hash":"{_PERSONAL_HASH}",'
     f'"recorded_at":"{_RECORDED_AT}","source":"shop","tenant":"acme",'

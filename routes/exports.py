@@ -1,6 +1,7 @@
 """/events/export and /events/stream: answers without an end that is known when they begin."""
 
-import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -47,7 +48,7 @@ async def export_events(request: Request, caller: Reading, query: Annotated[Expo
     query = caller.narrow(query)
     exports: Exports = request.app.state.exports
     compressed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
-    export = await exports.start(query, caller.tenant, compressed=compressed)
+    export = await exports.start(query, caller.id, caller.tenant, compressed=compressed)
     headers = {
         "Audit-Snapshot": str(export.snapshot),
         "Content-Disposition": f'attachment; filename="events.{query.format}"',
@@ -60,7 +61,7 @@ async def export_events(request: Request, caller: Reading, query: Annotated[Expo
         export.close()
         reads.record(caller, "export", query, export.count, complete=export.is_complete)
 
-    return Streamed(export.pieces(), end, MEDIA_TYPES[query.format], headers)
+    return Streamed(export.pieces(), end, MEDIA_TYPES[query.format], headers, _key_watch(request))
 
 
 @router.get("/stream", response_class=Response, responses=_STREAM_ANSWER)
@@ -79,13 +80,15 @@ async def stream_events(
     reads.record(caller, "stream.open", wanted, 0)
 
     def end() -> None:
-        watching.cancel()
         listener.close()
         reads.record(caller, "stream", wanted, listener.count)
 
-    answer = Streamed(listener.frames(), end, "text/event-stream", headers)
+    answer = Streamed(listener.frames(), end, "text/event-stream", headers, _key_watch(request))
     listener.cut = answer.cut
-    authenticator: Authenticator = request.app.state.authenticator
-    presented = presented_key(dict(request.scope["headers"]))
-    watching = asyncio.create_task(authenticator.cut_when_refused(presented, answer.cut))
     return answer
+
+
+def _key_watch(request: Request) -> Callable[[Callable[[], None]], Coroutine[Any, Any, None]]:
+    """What cuts an answer once the key that asked for it is refused."""
+    authenticator: Authenticator = request.app.state.authenticator
+    return partial(authenticator.cut_when_refused, presented_key(dict(request.scope["headers"])))

@@ -40,6 +40,7 @@ router = APIRouter(tags=["ledger"], responses=responses(Unauthorized, Forbidden,
 # c2sp.org/tlog-tiles, Merkle Tree: <L>, and <N>[.p/<W>] with N in groups of three digits: 15 count more than ids do.
 _LEVEL = re.compile(r"[0-9]|[1-5][0-9]|6[0-3]")
 _INDEX = re.compile(r"((?:x[0-9]{3}/){0,4}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
+_OPAQUE_TAG = re.compile(r'"[^"]*"')  # of an entity-tag, without the W/ of a weak one
 _HASH = "A SHA-256 in base64"
 
 
@@ -109,7 +110,7 @@ async def get_checkpoint(request: Request, caller: Reading, wanted: Annotated[Ch
         if note is None:
             raise CheckpointNotFound("No witness has signed a checkpoint yet.")
     else:
-        note = (await state.database.in_thread(state.checkpoints.newest)).note
+        note = (await state.checkpoints.current()).note
     return Response(note, media_type="text/plain; charset=utf-8")
 
 
@@ -145,8 +146,10 @@ def get_consistency(request: Request, caller: Reading, wanted: Annotated[Consist
     """The proof that the tree of the size `to` begins with the one of the size `from`."""
     if wanted.old_size > wanted.size:
         raise InvalidFields(errors=[{"location": "query.from", "message": "must not be larger than to"}])
+    reader: Reader = request.app.state.reader
     try:
-        path = prove_consistency(request.app.state.reader, wanted.old_size, wanted.size)
+        tiles.require_size(reader, wanted.size)
+        path = prove_consistency(reader, wanted.old_size, wanted.size)
     except TileNotFound:
         raise InvalidFields(errors=[{"location": "query.to", "message": "the tree has not grown so far"}]) from None
     return ConsistencyProof(old_size=wanted.old_size, size=wanted.size, consistency_path=_encoded(path))
@@ -205,11 +208,17 @@ def _parse_index(text: str) -> tuple[int, int]:
 def _immutable(request: Request, body: bytes, *, compressed: bool = False) -> Response:
     """Bytes that will never be others, which a client need not fetch twice (RFC 9110 section 13.1.2)."""
     headers = {"ETag": f'"{sha256(body).hexdigest()[:32]}{"-gzip" if compressed else ""}"', "Vary": "Accept-Encoding"}
-    if headers["ETag"] in request.headers.get("If-None-Match", ""):
+    if _has_it(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     if compressed:
         body, headers["Content-Encoding"] = gzip.compress(body, 6, mtime=0), "gzip"
     return Response(body, headers=headers, media_type="application/octet-stream")
+
+
+def _has_it(request: Request, entity_tag: str) -> bool:
+    """Whether If-None-Match names the entity-tag, by weak comparison (RFC 9110 section 8.8.3.2), or any by `*`."""
+    known = ",".join(request.headers.getlist("If-None-Match"))
+    return known.strip() == "*" or entity_tag in _OPAQUE_TAG.findall(known)
 
 
 def _encoded(path: Sequence[bytes]) -> list[str]:

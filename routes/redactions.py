@@ -33,10 +33,9 @@ def redact(request: Request, caller: Admin, wanted: RedactionIn) -> Any:
     database = request.app.state.owner
     if wanted.dry_run:
         extent = redaction.measure(database, wanted, caller.name)
-        found = len(extent.ids)
-        return Redaction(redaction=None, dry_run=True, count=found, held=extent.held, remaining=found)
+        return Redaction(redaction=None, dry_run=True, count=extent.count, held=extent.held, remaining=extent.count)
     name = redaction.new_name()
     batches = list(redaction.redact(database, wanted, caller.name, name, MOST_EVENTS_A_CALL))
     left = redaction.measure(database, wanted, caller.name)
     recorded = name if batches else None
-    return Redaction(redaction=recorded, dry_run=False, count=sum(batches), held=left.held, remaining=len(left.ids))
+    return Redaction(redaction=recorded, dry_run=False, count=sum(batches), held=left.held, remaining=left.count)

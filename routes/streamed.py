@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
+from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -20,7 +21,7 @@ class Streamed(Response):
     """Sends the pieces as the client takes them.
 
     An answer that is cut has no last chunk (RFC 9112 section 7.1), so that an HTTP client notices. `on_end` is
-    called once, however it ends.
+    called once, however it ends. `watch` is given cut(), and runs for as long as the answer does.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Streamed(Response):
         on_end: Callable[[], None],
         media_type: str,
         headers: Mapping[str, str],
+        watch: Callable[[Callable[[], None]], Coroutine[Any, Any, None]],
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -36,10 +38,11 @@ class Streamed(Response):
         self.init_headers(headers)
         self._pieces = pieces
         self._on_end = on_end
+        self._watch = watch
         self._limit = asyncio.timeout(None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watching = asyncio.create_task(self._cut_when_gone(receive))
+        watching = [asyncio.create_task(watch) for watch in (self._cut_when_gone(receive), self._watch(self.cut))]
         try:
             async with self._limit, aclosing(self._pieces):
                 await self._send_pieces(send)
@@ -48,7 +51,8 @@ class Streamed(Response):
         except Problem as problem:
             logger.warning("an answer was cut: %s", problem.detail)
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             self._on_end()
 
     def cut(self) -> None:

@@ -108,6 +108,53 @@ def test_a_change_is_noticed(database: Database, statement: str, said: str) -> N
     assert said in str(difference(database))
 
 
+def forge(event_type: str, metadata: str, event_id: int) -> str:
+    return f"""
+        INSERT INTO audit_events (id, event_type, actor, timestamp, recorded_at, source, metadata)
+        SELECT {event_id}, '{event_type}', 'audit-service', now(), now(), 'audit-service', '{metadata}'
+    """
+
+
+def test_records_that_are_not_in_the_tree_count_for_nothing(database: Database) -> None:
+    adopted = adopt(database)
+    execute(database.url, forge("audit.ledger.adopt", f'{{"count": 1, "root": "{"00" * 32}"}}', 0))
+    assert difference(database) is not None
+    status, _, complaints = run_cli(database.url, "verify")
+    assert (status, f"{COUNT} rows were adopted, and there are {COUNT + 1}." in complaints) == (1, True)
+    with database.transaction() as connection:
+        assert adoption.find_adoption(connection) == adopted
+    execute(database.url, "DELETE FROM audit_events_adopted; DELETE FROM audit_events WHERE id = 0")
+    execute(database.url, forge("audit.retention.drop", '{"last_id": 2000}', 5000))
+    assert difference(database) == f"{COUNT} rows were adopted, and there are 0."
+    execute(database.url, "DELETE FROM audit_events WHERE id = 5000")
+
+
+@pytest.mark.parametrize("metadata", ["NULL", "'{}'", '\'{"count": "x", "root": 1}\'', f"'{{\"count\": {COUNT}}}'"])
+def test_a_record_without_a_root_is_a_plain_complaint(database: Database, metadata: str) -> None:
+    adopted = adopt(database)
+    change = f"UPDATE audit_events SET metadata = {{}} WHERE id = {adopted.event_id}"
+    execute(database.url, change.format(metadata))
+    said = (
+        f"Event {adopted.event_id} is to vouch for the rows from before the ledger, and has no count and root of them."
+    )
+    for command in (["verify"], ["ledger", "adopt"]):
+        status, _, complaints = run_cli(database.url, *command)
+        assert (status, said in complaints, "Traceback" in complaints) == (1, True, False)
+    recorded = f'{{"count": {adopted.count}, "root": "{adopted.root.hex()}"}}'
+    execute(database.url, change.format(f"'{recorded}'"))
+
+
+def test_verify_hashes_the_adopted_rows(database: Database) -> None:
+    adopted = adopt(database)
+    status, said, complaints = run_cli(database.url, "verify")
+    assert (status, said[1]) == (0, f"Event {adopted.event_id} vouches for {COUNT} rows from before the ledger."), (
+        complaints
+    )
+    execute(database.url, "UPDATE audit_events SET event_type = 'x' WHERE id = 4")
+    status, _, complaints = run_cli(database.url, "verify")
+    assert (status, "Adopted rows were changed: their root is" in complaints) == (1, True)
+
+
 def test_a_later_record_counts_for_nothing(database: Database) -> None:
     recorded = adopt(database)
     with running_app(settings_for(database.url)) as client:

@@ -1,8 +1,10 @@
 """Counts, histograms and most frequent values."""
 
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
@@ -10,7 +12,7 @@ from conftest import running_app, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from test_filters import list_all, post_all
+from test_filters import list_all, post_all, short_walks
 
 
 def at(*moments: str, actor: str = "alice") -> list[dict[str, Any]]:
@@ -31,6 +33,20 @@ def test_a_count_is_exact_up_to_the_limit_and_says_when_it_is_not(database_url: 
         assert client.get("/events/count", params={"actor": "bob"}).json() == {"count": 0, "capped": False}
 
 
+def test_a_count_looks_at_no_more_events_than_the_limit(database_url: URL) -> None:
+    with running_app(settings_for(database_url, count_limit=3)) as client:
+        events = at(*["2026-01-01T00:00:00Z"] * 3) + at(*["2026-01-02T00:00:00Z"] * 3, actor="bob")
+        post_all(client, [{**event, "outcome": "denied", "source_ip": "10.0.0.1"} for event in events])
+        for query, count in (
+            ({"outcome": "success"}, 0),
+            ({"outcome": "denied"}, 3),
+            ({"outcome": "denied", "source_ip": "10.0.0.0/8"}, 3),
+        ):
+            assert client.get("/events/count", params=query).json() == {"count": count, "capped": True}
+            for part in ({"actor": "bob"}, {"end": "2026-01-02T00:00:00Z"}):
+                assert client.get("/events/count", params={**query, **part}).json() == {"count": count, "capped": False}
+
+
 def test_a_histogram_has_its_empty_buckets(client: httpx.Client) -> None:
     post_all(client, at("2026-01-01T10:00:00Z", "2026-01-01T11:59:59Z", "2026-01-03T00:00:00Z"))
     days = [("2026-01-01T00:00", 2), ("2026-01-02T00:00", 0), ("2026-01-03T00:00", 1)]
@@ -46,6 +62,16 @@ def test_a_histogram_has_its_empty_buckets(client: httpx.Client) -> None:
         ("2026-01-01T00:00", 3),
         ("2026-02-01T00:00", 0),
     ]
+
+
+def test_a_histogram_begins_and_ends_where_events_are_whatever_stands_before_them(client: httpx.Client) -> None:
+    post_all(client, at("2026-01-02T00:00:00Z", "2026-01-04T00:00:00Z", actor="bob"))
+    noise = [f"2026-01-{day:02}T00:00:00Z" for day in (1, 1, 1, 5, 5, 5)]
+    post_all(client, [{**event, "event_type": "NOISE"} for event in at(*noise)])
+    post_all(client, at("2026-01-01T01:00:00Z", "2026-01-04T01:00:00Z"))
+    with short_walks():
+        days = [day for day, _ in histogram(client, interval="day", actor=["alice", "bob"], event_type="LOGIN")]
+    assert days == [f"2026-01-{day:02}T00:00" for day in (1, 2, 3, 4)]
 
 
 def test_weeks_begin_on_monday(client: httpx.Client) -> None:
@@ -69,6 +95,40 @@ def test_buckets_follow_the_clocks_of_the_zone(
 ) -> None:
     found = histogram(client, interval=interval, time_zone=time_zone, start=start, end=end)
     assert [moment[8:13] for moment, _ in found] == starts
+
+
+@pytest.mark.parametrize("interval", ["day", "week", "month"])
+@pytest.mark.parametrize(
+    ("time_zone", "midnight"),
+    [
+        ("Atlantic/Azores", "2026-10-25T00:00:00"),
+        ("America/Havana", "2026-11-01T00:00:00"),
+        ("Asia/Beirut", "2026-10-25T00:00:00"),
+        ("Asia/Beirut", "2026-03-29T00:00:00"),
+    ],
+    ids=["back to midnight", "back to the month's first", "back from midnight", "forward from midnight"],
+)
+def test_a_bucket_begins_with_the_first_moment_of_its_date(
+    client: httpx.Client, interval: str, time_zone: str, midnight: str
+) -> None:
+    def first_day(day: date) -> date:
+        return {"day": day, "week": day - timedelta(days=day.weekday()), "month": day.replace(day=1)}[interval]
+
+    zone = ZoneInfo(time_zone)
+    around = datetime.fromisoformat(midnight).replace(tzinfo=zone).astimezone(UTC)
+    moments = [around + timedelta(minutes=30 * number) for number in range(-60 * 24 * 2, 60 * 24 * 2)]
+    date_of = {moment: first_day(moment.astimezone(zone).date()) for moment in moments}
+    begins = {day: min(moment for moment in moments if date_of[moment] == day) for day in set(date_of.values())}
+    counted = moments[len(moments) // 2 - 100 : len(moments) // 2 + 100]
+    post_all(client, at(*(moment.isoformat() for moment in counted)))
+    expected = Counter(begins[date_of[moment]].strftime("%Y-%m-%dT%H:%M") for moment in counted)
+    assert dict(histogram(client, interval=interval, time_zone=time_zone)) == expected
+
+
+def test_nothing_lies_before_the_year_1(client: httpx.Client) -> None:
+    post_all(client, at("0001-01-01T00:00:00Z"))
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00Z") == []
+    assert histogram(client, interval="day", end="0001-01-01T00:00:00.000001Z") == [("0001-01-01T00:00", 1)]
 
 
 def test_a_bucket_begins_in_the_year_1_at_the_earliest(client: httpx.Client) -> None:

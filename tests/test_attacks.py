@@ -5,15 +5,20 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import SIGNER, run_cli, running_app, settings_for
+from conftest import SIGNER, execute, run_cli, running_app, settings_for
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from months import append_events
 from sqlalchemy.engine import URL
 from test_verify import leaves_of, plain, promise, verified
 from verify import assert_ledger_consistent, tree_hash
 
 from db import Database
+from housekeeping.redaction import redact
 from ledger.notes import generate_signer, sign_checkpoint
+from schemas import RedactionIn
 from verifier.differences import ADDED, MISSING, PERSONAL, ROW
+from verifier.records import UNRECORDED
 
 COUNT = 900  # three full tiles, and 132 events behind them
 
@@ -54,6 +59,16 @@ MOVE_UP = "UPDATE audit_events SET id = -id WHERE id >= {0}; UPDATE audit_events
 COPY_EVENT = """
     INSERT INTO audit_events SELECT {0}, event_type, actor, timestamp, recorded_at, tenant, resource, outcome, source,
         source_ip, trace_id, metadata, nonce, personal_hash, redacted_at FROM audit_events WHERE id = {1}
+"""
+
+
+OWN_EVENT = """
+    INSERT INTO audit_events (id, event_type, actor, timestamp, recorded_at, source, metadata)
+    VALUES ({0}, '{1}', 'audit-service', {2}, now(), 'audit-service', '{3}')
+"""
+ERASE = """
+    UPDATE audit_events SET actor = '[redacted]', resource = NULL, source_ip = NULL, metadata = NULL, nonce = NULL,
+        redacted_at = {0} WHERE id {1}
 """
 
 
@@ -142,6 +157,12 @@ def test_a_row_added_behind_the_newest_or_under_a_known_id_is_told(url: URL) -> 
     assert found(url)[0].startswith("Event 300: added: ")
 
 
+@pytest.mark.parametrize("event_id", [COUNT + 1, 2**63 - 2, 2**63 - 1])
+def test_a_row_added_under_the_highest_id_is_told(url: URL, event_id: int) -> None:
+    attack(url, COPY_EVENT.format(event_id, 17))
+    assert found(url) == [f"Event {event_id}: {ADDED}"]
+
+
 @pytest.mark.parametrize(("one", "other"), [(100, 101), (17, 700), (256, 257)])
 def test_swapped_rows_are_named(url: URL, one: int, other: int) -> None:
     swap = f"UPDATE audit_events SET id = CASE id WHEN -{one} THEN {other} ELSE {one} END WHERE id < 0"
@@ -152,10 +173,147 @@ def test_swapped_rows_are_named(url: URL, one: int, other: int) -> None:
     ]
 
 
+MOVE = """
+    UPDATE audit_events AS event SET id = -moved.new FROM unnest(%(old)s, %(new)s) AS moved (old, new)
+    WHERE id = moved.old;
+    UPDATE audit_events SET id = -id WHERE id < 0
+"""
+MOVE_CONTENTS = """
+    UPDATE audit_events AS event SET (event_type, actor, timestamp, metadata, nonce, personal_hash)
+        = (other.event_type, other.actor, other.timestamp, other.metadata, other.nonce, other.personal_hash)
+    FROM audit_events AS other, unnest(%(old)s, %(new)s) AS moved (old, new)
+    WHERE event.id = moved.new AND other.id = moved.old
+"""
+
+
+def move(url: URL, statement: str, moves: dict[int, int]) -> None:
+    """What is at each key goes to its value."""
+    connection = psycopg2.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    with connection, connection.cursor() as cursor:
+        cursor.execute(statement, {"old": list(moves), "new": list(moves.values())})
+    connection.close()
+
+
+def moved(ids: list[int], order: list[int]) -> dict[int, int]:
+    return {old: new for old, new in zip(ids, order, strict=True) if old != new}
+
+
+@pytest.mark.parametrize("statement", [MOVE, MOVE_CONTENTS])
+def test_rows_moved_in_a_circle_are_each_named(url: URL, statement: str) -> None:
+    move(url, statement, {100: 101, 101: 400, 400: 100, 500: 501, 501: 500})
+    assert found(url) == [
+        "Event 100: order changed: in its place stands what was recorded as event 400",
+        "Event 101: order changed: in its place stands what was recorded as event 100",
+        "Event 400: order changed: in its place stands what was recorded as event 101",
+        "Event 500: order swapped with event 501",
+        "Event 501: order swapped with event 500",
+    ]
+
+
+def test_no_order_but_the_one_that_was_recorded_passes(url: URL) -> None:
+    ids = st.lists(st.integers(1, COUNT), min_size=2, max_size=8, unique=True)
+    runs = st.builds(lambda first, count: list(range(first, first + count)), st.integers(1, 700), st.integers(2, 200))
+    orders = (ids | runs).flatmap(lambda ids: st.tuples(st.just(ids), st.permutations(ids)))
+    turns = st.builds(lambda ids, by: (ids, [*ids[by:], *ids[:by]]), ids | runs, st.integers(1, 3))
+
+    @settings(max_examples=40)
+    @given(orders | turns, st.sampled_from([MOVE, MOVE_CONTENTS]))
+    def is_found(order: tuple[list[int], list[int]], statement: str) -> None:
+        moves = moved(*order)
+        assume(moves)
+        move(url, statement, moves)
+        differences = verified(url).differences
+        move(url, statement, {new: old for old, new in moves.items()})
+        assert differences != []
+
+    is_found()
+    assert found(url) == []
+
+
+def test_in_each_tile_that_differs_an_event_is_named(url: URL) -> None:
+    chain = [f"UPDATE audit_events SET id = {to} WHERE id = {old}" for old, to in ((300, 10), (600, 300), (700, 600))]
+    attack(url, "DELETE FROM audit_events WHERE id = 10", *chain)
+    assert found(url) == [
+        f"Event 10: {MISSING}: in its place stands what was recorded as event 300",
+        f"Event 300: {ROW}",
+        "Event 600: added: what was recorded as event 600 is now event 300",
+        f"Event 700: {MISSING}",
+    ]
+
+
 def test_a_redaction_that_nobody_recorded_is_told(url: URL) -> None:
     erased = "actor = '[redacted]', metadata = NULL, nonce = NULL, redacted_at = now()"
     attack(url, f"UPDATE audit_events SET {erased} WHERE id BETWEEN 5 AND 9")
     assert found(url) == ["Events 5 to 9: 5 of them redacted, and no audit.redaction event says so"]
+
+
+def test_whatever_is_not_in_the_tree_excuses_nothing(url: URL) -> None:
+    attack(url, OWN_EVENT.format(0, "audit.retention.drop", "now()", '{"last_id": 300}'))
+    attack(url, OWN_EVENT.format(-1, "audit.redaction", "'2026-01-01'", '{"count": 5}'))
+    attack(
+        url, "DELETE FROM audit_events WHERE id BETWEEN 1 AND 300", ERASE.format("'2026-01-01'", "BETWEEN 305 AND 309")
+    )
+    assert found(url) == [
+        f"Events -1 to 0: {ADDED}",
+        f"Events 1 to 300: {MISSING}",
+        f"Events 305 to 309: 5 of them {UNRECORDED}",
+    ]
+
+
+def test_a_record_that_was_changed_excuses_nothing(url: URL) -> None:
+    attack(url, "DELETE FROM audit_events WHERE id <= 300")
+    attack(
+        url,
+        """UPDATE audit_events SET event_type = 'audit.retention.drop', source = 'audit-service',
+        metadata = '{"last_id": 300}' WHERE id = 400""",
+    )
+    assert found(url) == [f"Events 1 to 300: {MISSING}", f"Event 400: {PERSONAL}"]
+
+
+@pytest.fixture
+def redactions(url: URL) -> list[str]:
+    """Three of four events each, 5 to 8, 15 to 18, 25 to 28, recorded as events 901 to 903; the moment of each."""
+    database = Database(url)
+    for start in (5, 15, 25):
+        list(
+            redact(database, RedactionIn(ids=list(range(start, start + 4)), reason="Request 1"), "root", "redactions/1")
+        )
+    database.close()
+    assert found(url) == []
+    return [str(execute(url, f"SELECT timestamp FROM audit_events WHERE id = {n}")) for n in (901, 902, 903)]
+
+
+def test_a_record_that_was_redacted_itself_still_counts(url: URL, redactions: list[str]) -> None:
+    database = Database(url)
+    for event_id in (901, 904):  # the record, and the record of its redaction
+        list(redact(database, RedactionIn(ids=[event_id], reason="Request 2"), "root", "redactions/2"))
+    database.close()
+    assert found(url) == []
+    attack(url, ERASE.format("now()", "= 905"))
+    # With the last of the records none of those before it counts any more.
+    assert found(url) == [
+        f"Events 5 to 8: 4 of them {UNRECORDED}",
+        f"Event 901: {UNRECORDED}",
+        f"Events 904 to 905: {UNRECORDED}",
+    ]
+
+
+@pytest.mark.parametrize("by", [(0, 0, 2), (1, 0, 2), (1, 2, 0), (1, 1, 1)])
+def test_redaction_records_do_not_excuse_themselves_or_each_other(
+    url: URL, redactions: list[str], by: tuple[int, int, int]
+) -> None:
+    """Each redacted at the moment of another's, or its own: which of them, `by` says."""
+    for number, other in enumerate(by):
+        attack(url, ERASE.format(f"'{redactions[other]}'", f"= {901 + number}"))
+    attack(url, ERASE.format(f"'{redactions[by[0]]}'", "BETWEEN 300 AND 310"))
+    assert any(UNRECORDED in each for each in found(url)), found(url)
+
+
+def test_a_record_excuses_no_other_events_than_its_own(url: URL, redactions: list[str]) -> None:
+    attack(url, "DELETE FROM audit_events WHERE id = 15", ERASE.format(f"'{redactions[1]}'", "= 14"))
+    assert found(url) == [f"Events 14 to 18: 1 of them {UNRECORDED}", f"Event 15: {MISSING}"]
+    attack(url, "DELETE FROM audit_events WHERE id = 14", ERASE.format(f"'{redactions[1]}'", "= 600"))
+    assert found(url) == [f"Events 14 to 15: {MISSING}", f"Events 16 to 600: 1 of them {UNRECORDED}"]
 
 
 def test_a_changed_tile_is_told_from_a_changed_row(url: URL) -> None:
@@ -174,6 +332,16 @@ def test_a_changed_tile_is_told_from_a_changed_row(url: URL) -> None:
         ("INSERT INTO ledger_tiles SELECT 0, 3, hashes, root FROM ledger_tiles LIMIT 1", "4 tiles of level 0"),
         ("UPDATE ledger_head SET frontier[1] = sha256('x')", "Events 1 to 512: one of them changed, or ledger_head"),
         ("UPDATE ledger_head SET frontier = '{}'", "Events 1 to 900: one of them changed, or ledger_head"),
+        (
+            "UPDATE ledger_head SET frontier = frontier || sha256('x')",
+            "ledger_head.frontier has 5 hashes, and a log of",
+        ),
+        (
+            "UPDATE ledger_head SET frontier = frontier || NULL::bytea",
+            "ledger_head.frontier has 5 hashes, and a log of",
+        ),
+        ("UPDATE ledger_head SET frontier = frontier[:2]", "ledger_head.frontier has 2 hashes, and a log of"),
+        ("UPDATE ledger_head SET frontier[2] = NULL", "Events 513 to 768: one of them changed, or ledger_head"),
         ("UPDATE ledger_head SET size = 800", f"Events 801 to {COUNT}: {ADDED}"),
         ("UPDATE ledger_head SET first_id = 2", "Events 2 to 65: row changed"),
         ("DELETE FROM ledger_head", "ledger_head has 0 rows"),

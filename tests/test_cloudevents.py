@@ -76,6 +76,47 @@ def test_source_and_id_together_are_the_idempotency_key_in_every_mode(client: ht
     assert post(client, {**EVENT, "type": "another"}).status_code == 409
 
 
+def test_a_key_in_the_header_is_refused_for_an_event_that_has_one(client: httpx.Client) -> None:
+    structured, batch = "application/cloudevents+json", "application/cloudevents-batch+json"
+    binary = {f"ce-{name}": str(EVENT[name]) for name in ("specversion", "id", "source", "type")} | {"ce-actor": "a"}
+    for path, body, headers in (
+        ("/events", EVENT, {"Content-Type": structured}),
+        ("/events", {}, binary),
+        ("/events", [EVENT], {"Content-Type": batch}),
+        ("/events/batch", [EVENT], {"Content-Type": batch}),
+    ):
+        response = client.post(path, json=body, headers={**headers, "Idempotency-Key": "k"})
+        assert response.status_code == 422
+        assert response.json()["errors"] == [
+            {
+                "location": "headers.Idempotency-Key",
+                "message": "goes with a plain event: the key of a CloudEvent is its source and id",
+            }
+        ]
+        assert client.post(path, json=body, headers=headers).status_code in (200, 201)
+
+
+@pytest.mark.parametrize(
+    ("header", "subject"),
+    [
+        (b"order/1234", "order/1234"),
+        (b"%C3%A4%20%22b%22", 'ä "b"'),
+        ("ä".encode(), "ä"),
+        (b'"two words"', "two words"),
+        (b'"a \\"b\\" \\\\ %41"', 'a "b" \\ A'),
+        (b"%2541", "%41"),
+        (b'%22a%22 "', '"a" "'),
+        (b'an "inner" one', 'an "inner" one'),
+    ],
+)
+def test_a_header_is_unquoted_and_then_percent_decoded_once(client: httpx.Client, header: bytes, subject: str) -> None:
+    """HTTP binding section 3.1.3.2."""
+    attributes = {b"ce-specversion": b"1.0", b"ce-id": b"1", b"ce-source": b"shop", b"ce-type": b"T", b"ce-actor": b"a"}
+    response = client.post("/events", headers={**attributes, b"ce-subject": header})
+    assert response.status_code == 201, response.text
+    assert response.json()["resource"] == subject
+
+
 @pytest.mark.parametrize(
     ("change", "location"),
     [
@@ -109,6 +150,36 @@ def test_traceparent_of_a_plain_event_becomes_its_trace_id(client: httpx.Client)
     event = {"event_type": "LOGIN", "actor": "alice"}
     assert client.post("/events", json=event, headers=headers).json()["trace_id"] == STORED["trace_id"]
     assert client.post("/events", json=event, headers={"traceparent": "junk"}).json()["trace_id"] is None
+    assert client.get("/events/1").json()["trace_id"] == STORED["trace_id"]
+
+
+def test_traceparent_of_a_batch_is_of_each_event_that_says_none(client: httpx.Client) -> None:
+    event = {"event_type": "LOGIN", "actor": "alice"}
+    lines = [json.dumps(event), json.dumps({**event, "trace_id": "a" * 32})]
+    untraced = {name: value for name, value in EVENT.items() if name != "traceparent"}
+    for content, media_type in (
+        (f"[{','.join(lines)}]", "application/json"),
+        ("\n".join(lines), "application/x-ndjson"),
+        (json.dumps([untraced, {**EVENT, "id": "b"}]), "application/cloudevents-batch+json"),
+    ):
+        headers = {"traceparent": f"00-{'b' * 32}-00f067aa0ba902b7-01", "Content-Type": media_type}
+        assert client.post("/events/batch", content=content, headers=headers).status_code == 201
+    traces = [event["trace_id"] for event in client.get("/events?order=asc").json()["events"]]
+    assert sorted(traces) == sorted([*["b" * 32, "a" * 32] * 2, "b" * 32, str(STORED["trace_id"])])
+
+
+def test_a_retry_in_another_trace_is_the_same_event(client: httpx.Client) -> None:
+    def traced(trace: str) -> dict[str, str]:
+        return {"traceparent": f"00-{trace * 32}-00f067aa0ba902b7-01"}
+
+    event = {"event_type": "LOGIN", "actor": "alice", "idempotency_key": "k"}
+    first = client.post("/events", json=event, headers=traced("a"))
+    again = client.post("/events", json=event, headers=traced("b"))
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.json() == first.json()
+    assert client.post("/events/batch", json=[event], headers=traced("c")).json()["replayed"] == 1
+    assert client.post("/events", json=event).status_code == 200
+    assert client.post("/events", json={**event, "trace_id": "b" * 32}).status_code == 409
 
 
 @pytest.mark.parametrize(

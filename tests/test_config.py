@@ -1,6 +1,7 @@
 """Settings: where they come from, which are refused, and that each is documented."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
         ("LOG_WRITES", "on!"),
         ("LOG_LEVEL", "LOUD"),
         ("ENVIRONMENT", "staging"),
+        ("QUERY_TIMEOUT", "0s"),  # to PostgreSQL, without end
+        ("IDEMPOTENCY_WINDOW", "0d"),
+        ("CHECKPOINT_INTERVAL", "00m"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name_and_never_shown(name: str, value: str) -> None:
@@ -66,6 +70,10 @@ def test_a_wrong_value_is_refused_by_name_and_never_shown(name: str, value: str)
         load_settings({name: value}, None)
     assert SECRET not in str(refused.value)
     assert refused.value.__suppress_context__ or refused.value.__context__ is None
+
+
+def test_clocks_may_be_asked_not_to_differ() -> None:
+    assert load_settings({"MAX_CLOCK_SKEW": "0s"}, None).max_clock_skew == timedelta(0)
 
 
 def test_a_wrong_port_of_the_parts_is_refused() -> None:

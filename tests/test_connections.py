@@ -1,8 +1,10 @@
 """What a connection may do before a request is whole, tried with raw sockets on the service as it ships."""
 
 import json
+import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -56,9 +58,66 @@ def test_a_head_within_the_bounds_is_taken(service: httpx.Client) -> None:
     assert service.get("/events", headers=fields).status_code == 200
 
 
+CHUNKED = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNK = b"%x\r\n%b\r\n" % (len(BODY), BODY)
+WITHOUT_KEY = b"POST /events HTTP/1.1\r\nHost: test\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [
+        (CHUNK + b"0\r\n", b"a:\r\n" * 4_000),
+        (CHUNK + b"0\r\na: ", b"y" * 16_000),
+        (CHUNK + b"1;", b"y" * 16_000),
+        (CHUNK + b"0\r\n\r\n", b"\r\n" * 8_000),
+    ],
+    ids=["trailers", "a trailer", "a chunk extension", "empty lines"],
+)
+def test_what_is_no_body_is_bounded_like_a_head_and_ends_the_connection(
+    service: httpx.Client, begun: bytes, more: bytes
+) -> None:
+    was_answered = begun.endswith(b"\r\n\r\n")
+    assert send_without_end(service, HEAD + CHUNKED + begun, more) == [201 if was_answered else 431]
+    assert send_without_end(service, WITHOUT_KEY + CHUNKED + begun, more) == [401]
+    assert service.get("/events/count").json()["count"] == was_answered
+
+
+def send_without_end(client: httpx.Client, begun: bytes, more: bytes) -> list[int]:
+    """Send more and more until the service closes the connection; the status of each answer."""
+    received, sent = b"", 0
+    address = "127.0.0.1", client.base_url.port
+    with suppress(ConnectionError), socket.create_connection(address, timeout=0.05) as connection:
+        connection.sendall(begun)
+        while sent < 2 * 1024 * 1024:
+            with suppress(TimeoutError):
+                chunk = connection.recv(65536)
+                if not chunk:
+                    break
+                received += chunk
+            sent += connection.send(more)
+    assert sent < 1024 * 1024
+    return [int(status) for status in re.findall(rb"^HTTP/1.1 (\d+)", received, re.MULTILINE)]
+
+
+def test_a_trailer_is_no_header(service: httpx.Client) -> None:
+    trailers = b"X-API-Key: " + API_KEY.encode() + b"\r\nIdempotency-Key: a\r\n"
+    whole = CHUNKED + CHUNK + b"0\r\n" + trailers + b"\r\n"
+    for _ in range(2):
+        status, received = exchange(service, HEAD + b"Connection: close\r\n" + whole)
+        assert (status, b"idempotent-replay" in received) == (201, False)
+    assert service.get("/events/count").json()["count"] == 2
+    # The key comes before anybody has looked for one.
+    assert exchange(service, WITHOUT_KEY + b"Connection: close\r\n" + whole)[0] == 401
+
+
 def test_a_head_that_trickles_in_is_cut(service: httpx.Client) -> None:
     status, received = exchange(service, HEAD)
     assert (status, code_of(received)) == (408, "request-timeout")
+
+
+def test_an_empty_line_after_an_answer_does_not_keep_the_connection(service: httpx.Client) -> None:
+    status, received = exchange(service, b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n", b"\r\n")
+    assert (status, received.count(b"HTTP/1.1 ")) == (200, 1)
 
 
 @pytest.mark.parametrize(

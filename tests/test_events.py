@@ -110,6 +110,7 @@ def test_recorded_at_rises_with_the_id(client: httpx.Client) -> None:
         ({**LOGIN, "metadata": {"a": float("nan")}}, "body.metadata"),
         ({**LOGIN, "metadata": {"a": float("inf")}}, "body.metadata"),
         ({**LOGIN, "metadata": {"a": "x" * 65_536}}, "body"),
+        ({**LOGIN, "metadata": {"a": "🦊" * 16_384}}, "body"),
         ([LOGIN], "body"),
         ("LOGIN", "body"),
         (None, "body"),

@@ -261,10 +261,17 @@ def large_log(database_url: URL) -> Iterator[httpx.Client]:
         yield client
 
 
-def open_export(client: httpx.Client) -> socket.socket:
+def make_key(client: httpx.Client) -> dict[str, Any]:
+    answer = client.post("/keys", json={"name": "reader", "scopes": ["read"]})
+    assert answer.status_code == 201
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def open_export(client: httpx.Client, key: str = API_KEY) -> socket.socket:
     """A connection that has asked for an export, has received its beginning, and reads no more."""
     connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
-    connection.sendall(b"GET /events/export HTTP/1.1\r\nHost: x\r\nX-API-Key: " + API_KEY.encode() + b"\r\n\r\n")
+    connection.sendall(b"GET /events/export HTTP/1.1\r\nHost: x\r\nX-API-Key: " + key.encode() + b"\r\n\r\n")
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
     return connection
 
@@ -304,13 +311,35 @@ def test_so_many_exports_are_open_and_the_next_is_told_to_wait(
     large_log: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exports, "MAX_OPEN_EXPORTS", 2)
-    with open_export(large_log), open_export(large_log):
+    other = make_key(large_log)["key"]
+    with open_export(large_log), open_export(large_log, other):
         response = large_log.get("/events/export")
         assert response.status_code == 503
         assert response.json()["type"] == "urn:audit:problem:too-many-readers"
         assert large_log.get("/events?limit=1").status_code == 200
         assert large_log.get("/ready").status_code == 200
     eventually(lambda: large_log.get("/events/export?snapshot=0").status_code == 200, 10)
+
+
+def test_one_key_does_not_take_the_exports_of_others(large_log: httpx.Client) -> None:
+    other = make_key(large_log)["key"]
+    with open_export(large_log, other), open_export(large_log, other):
+        response = large_log.get("/events/export", headers={"X-API-Key": other})
+        assert (response.status_code, response.json()["type"]) == (503, "urn:audit:problem:too-many-readers")
+        assert "This key has 2 exports open" in response.json()["detail"]
+        assert large_log.get("/events/export?snapshot=0").status_code == 200
+    again = {"X-API-Key": other}
+    eventually(lambda: large_log.get("/events/export?snapshot=0", headers=again).status_code == 200, 10)
+
+
+def test_an_export_is_cut_when_its_key_is_revoked(large_log: httpx.Client) -> None:
+    made = make_key(large_log)
+    with open_export(large_log), open_export(large_log, made["key"]) as connection:
+        large_log.delete(f"/keys/{made['id']}")
+        eventually(lambda: "audit_exports_open 1.0" in large_log.get("/metrics").text, 20)
+        received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    assert b'"complete"' not in received
+    assert not received.endswith(b"0\r\n\r\n")
 
 
 def test_an_outage_cuts_the_export_so_that_the_client_notices(own_cluster: Cluster) -> None:

@@ -149,6 +149,28 @@ def test_what_is_listed_is_what_the_filters_mean(
             assert list_all(client, {**query, "order": "asc"}) == expected[::-1]
 
 
+_any_of = st.lists(st.sampled_from("abc"), min_size=2, max_size=3, unique=True)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=10, max_size=40),
+    asked=st.lists(st.tuples(_any_of, _any_of), min_size=1, max_size=2),
+    limit=st.integers(2, 4),
+    order=st.sampled_from(["desc", "asc"]),
+)
+def test_walks_of_several_values_that_are_cut_short_leave_nothing_out(
+    client: httpx.Client, batch: list[tuple[str, str]], asked: list[tuple[list[str], list[str]]], limit: int, order: str
+) -> None:
+    known = post_all(client, [{"actor": actor, "event_type": event_type} for actor, event_type in batch])
+    for actors, event_types in asked:
+        wanted = {"actor": actors, "event_type": event_types}
+        expected = [event["id"] for event in known if is_selected(event, wanted)]
+        with short_walks():
+            found = [event["id"] for event in list_all(client, {**wanted, "limit": limit, "order": order})]
+        assert found == (expected if order == "desc" else expected[::-1])
+
+
 @pytest.mark.parametrize(
     ("query", "location"),
     [

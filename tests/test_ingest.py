@@ -2,27 +2,37 @@
 
 import ipaddress
 import json
+import os
+import resource
+import select
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
-from conftest import execute, running_app, settings_for
+from conftest import eventually, execute, running_app, settings_for
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from config import Settings
 from db import Database
 from housekeeping.rounds import purge_keys
 from ingest import writer
+from main import create_app
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
+KEY = {"name": "shop", "scopes": ["write"]}
 
 
 def keyed(key: str, **members: Any) -> dict[str, Any]:
@@ -81,6 +91,8 @@ def test_batches_fill_tiles_of_two_levels(own_client: httpx.Client, database_url
         ({"events": []}, ["body"]),
         ([], ["body"]),
         ([{**LOGIN, "timestamp": "9998-01-01T00:00:00Z"}, LOGIN], ["body.0.timestamp"]),
+        ([{**LOGIN, "timestamp": "9998-01-01T00:00:00Z"}], ["body.0.timestamp"]),
+        ([{**LOGIN, "source": "audit-service"}], ["body.0.source"]),
     ],
 )
 def test_one_wrong_event_fails_its_batch_by_index(client: httpx.Client, events: Any, named: list[str]) -> None:
@@ -103,6 +115,23 @@ def test_batches_are_bounded_by_count_and_by_bytes(client: httpx.Client) -> None
     assert stored(client) == 0
 
 
+def test_a_large_batch_leaves_others_their_turns(client: httpx.Client) -> None:
+    """Lists of numbers are what takes longest to check, a second and more; the last event is wrong."""
+    event = json.dumps(keyed("k", metadata={"list": [1] * 16_000}), separators=(",", ":"))
+    content = f"[{','.join([event] * 250)},{{}}]"
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        answer = pool.submit(client.post, "/events/batch", content=content)
+        while not answer.done():
+            asked = time.monotonic()
+            assert client.get("/health").status_code == 200
+            waits.append(time.monotonic() - asked)
+        took = time.monotonic() - start
+    assert answer.result().status_code == 422
+    assert max(waits) < took / 2
+
+
 def test_a_repeated_key_answers_200_with_the_first_event(client: httpx.Client) -> None:
     first = client.post("/events", json=keyed("k", metadata={"a": 1, "b": 2}))
     again = client.post("/events", json=keyed("k", metadata={"b": 2, "a": 1}))
@@ -121,11 +150,32 @@ def test_header_and_body_are_one_key(client: httpx.Client) -> None:
     assert client.post("/events", json=LOGIN, headers={"Idempotency-Key": "x" * 256}).status_code == 422
 
 
+def test_a_key_in_the_header_is_read_as_utf_8_like_that_in_the_body(client: httpx.Client) -> None:
+    headers = {b"Idempotency-Key": "bestellung-größe-🦊".encode()}
+    assert client.post("/events", json=LOGIN, headers=headers).status_code == 201
+    assert client.post("/events", json=keyed("bestellung-größe-🦊")).status_code == 200
+    assert client.post("/events", json=LOGIN, headers={b"Idempotency-Key": ("🦊" * 255).encode()}).status_code == 201
+    refused = client.post("/events", json=LOGIN, headers={b"Idempotency-Key": "größe".encode("latin-1")})
+    assert (refused.status_code, locations(refused)) == (422, ["headers.Idempotency-Key"])
+    assert stored(client) == 2
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
+def test_a_batch_takes_no_key_in_the_header(client: httpx.Client, media_type: str) -> None:
+    content = json.dumps(LOGIN) if "ndjson" in media_type else json.dumps([LOGIN])
+    headers = {"Content-Type": media_type, "Idempotency-Key": "k"}
+    response = client.post("/events/batch", content=content, headers=headers)
+    assert (response.status_code, locations(response)) == (422, ["headers.Idempotency-Key"])
+    assert "each has an idempotency_key of its own" in response.json()["errors"][0]["message"]
+    assert stored(client) == 0
+
+
 def test_a_key_with_another_event_is_a_409(client: httpx.Client) -> None:
     client.post("/events", json=keyed("k"))
     response = client.post("/events", json=keyed("k", actor="mallory"))
     assert response.status_code == 409
     assert response.json()["type"] == "urn:audit:problem:idempotency-conflict"
+    assert "errors" not in response.json()
     assert stored(client) == 1
 
 
@@ -149,6 +199,7 @@ def test_a_conflict_in_a_batch_stores_none_of_it(client: httpx.Client) -> None:
     response = post_batch(client, [LOGIN, keyed("k", actor="mallory")])
     assert response.status_code == 409
     assert locations(response) == ["body.1.idempotency_key"]
+    assert locations(post_batch(client, [keyed("k", actor="mallory")])) == ["body.0.idempotency_key"]
     assert post_batch(client, [keyed("n"), keyed("n", actor="mallory")]).status_code == 409
     assert stored(client) == 1
 
@@ -188,6 +239,71 @@ def test_a_flush_makes_the_month_that_is_missing(own_client: httpx.Client, datab
     assert own_client.post("/events", json=LOGIN).status_code == 201
 
 
+def test_a_month_that_cannot_be_made_is_tried_once(
+    own_client: httpx.Client, database_url: URL, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hole in the middle: months are made behind the newest one."""
+    first = own_client.post("/events", json=keyed("k"))
+    month = execute(database_url, "SELECT tableoid::regclass::text FROM audit_events")
+    bounds = execute(
+        database_url, f"SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = '{month}'::regclass"
+    )
+    execute(database_url, f"ALTER TABLE audit_events DETACH PARTITION {month}")
+    assert [own_client.post("/events", json=LOGIN).status_code for _ in range(2)] == [500, 500]
+    assert "unforeseen" not in caplog.text
+    execute(database_url, f"ALTER TABLE audit_events ATTACH PARTITION {month} {bounds}")
+    assert own_client.post("/events", json=keyed("k")).json() == first.json()
+    assert own_client.post("/events", json=LOGIN).json()["id"] == 2
+
+
+@contextmanager
+def held_head(url: URL) -> Iterator[None]:
+    """Nobody appends while the block runs, however long."""
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM ledger_head FOR UPDATE")
+        yield
+
+
+@pytest.fixture
+def own_app(database_url: URL) -> Iterator[tuple[httpx.Client, FastAPI]]:
+    """A service, and what it is made of."""
+    app = create_app(settings_for(database_url))
+    with running_app(settings_for(database_url), app) as client:
+        yield client, app
+    assert_ledger_consistent(database_url)
+
+
+RICH = {**LOGIN, "metadata": {f"key-{n}": n for n in range(1_000)}}
+LONG = {**LOGIN, "metadata": {"text": "x" * 60_000}}
+
+
+@pytest.mark.parametrize(
+    ("batches", "lengths"),
+    [
+        ([[LOGIN] * 900] * 5, [1_800, 1_800, 900]),
+        ([[RICH]] * 30, [24, 6]),
+        ([[LONG]] * 30, [26, 4]),
+        ([[LOGIN], [RICH] * 100, [LOGIN]], [1, 100, 1]),
+    ],
+    ids=["by count", "by members", "by bytes", "one that is too large goes alone"],
+)
+def test_a_flush_is_bounded(
+    own_app: tuple[httpx.Client, FastAPI], database_url: URL, batches: list[Any], lengths: list[int]
+) -> None:
+    client, app = own_app
+    with ThreadPoolExecutor(len(batches) + 1) as pool:
+        with held_head(database_url):
+            answers = [pool.submit(post_batch, client, [LOGIN])]
+            eventually(lambda: app.state.writer._queued_events == 1 and not app.state.writer._queue)
+            for number, batch in enumerate(batches, 1):
+                answers.append(pool.submit(post_batch, client, batch))
+                eventually(lambda number=number: len(app.state.writer._queue) == number)  # type: ignore[misc]
+        assert {answer.result().status_code for answer in answers} == {201}
+    flushes = "SELECT recorded_at, count(*) FROM audit_events WHERE id > 1 GROUP BY recorded_at ORDER BY recorded_at"
+    counts = execute(database_url, f"SELECT array_agg(count) FROM ({flushes}) AS flush")
+    assert counts == lengths
+
+
 def test_recorded_at_never_falls_behind_the_head(own_client: httpx.Client, database_url: URL) -> None:
     """A head that is ahead of the clock, as after a clock was set back, holds recorded_at where it is."""
     ahead = datetime.now(UTC) + timedelta(minutes=3)
@@ -195,6 +311,17 @@ def test_recorded_at_never_falls_behind_the_head(own_client: httpx.Client, datab
     for _ in range(2):
         event = own_client.post("/events", json=LOGIN).json()
         assert datetime.fromisoformat(event["recorded_at"]) == ahead
+
+
+def test_the_connection_may_have_any_descriptor(own_client: httpx.Client) -> None:
+    """select() takes none beyond 1,023, and a service with so many open sockets is an ordinary one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2_048), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            stack.enter_context(open(os.devnull))
+        assert [own_client.post("/events", json=LOGIN).status_code for _ in range(3)] == [201] * 3
 
 
 def test_rows_from_before_the_ledger_are_not_in_the_tree(database_url: URL) -> None:
@@ -238,6 +365,27 @@ def test_a_full_queue_answers_503_at_once_and_drains(
     full = next(answer.result() for answer in answers if answer.result().status_code == 503)
     assert full.json()["type"] == "urn:audit:problem:queue-full"
     assert int(full.headers["Retry-After"]) > 0
+
+
+def test_bodies_that_trickle_in_under_one_key_leave_room_to_others(
+    own_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MAX_HELD_BYTES", 400_000)
+    slow, other = ({"X-API-Key": own_client.post("/keys", json=KEY).json()["key"]} for _ in range(2))
+    fields = f"Host: x\r\nX-API-Key: {slow['X-API-Key']}\r\nContent-Type: application/json\r\nContent-Length: 999999"
+    begun = f"POST /events/batch HTTP/1.1\r\n{fields}\r\n\r\n".encode() + b" " * 190_000
+    address = own_client.base_url.host, own_client.base_url.port
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2)]
+        for connection in connections:
+            connection.sendall(begun)
+        readable, _, _ = select.select(connections, [], [], 30)
+        refused = readable[0].recv(65_536)
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"This key sends" in refused
+        batch = [{**LOGIN, "resource": "r" * 900}] * 50
+        assert own_client.post("/events/batch", json=batch, headers=other).status_code == 201
+    # What was held is given back.
+    eventually(lambda: own_client.post("/events/batch", json=batch * 3, headers=slow).status_code == 201)
 
 
 def test_a_stop_finishes_what_was_accepted(database_url: URL) -> None:

@@ -43,6 +43,18 @@ def test_addresses_that_fail_are_remembered_in_bounded_memory() -> None:
     assert len(limits._addresses) == MAX_ADDRESSES
 
 
+def test_an_ipv4_client_of_a_listener_for_both_families_is_itself_alone() -> None:
+    limits = Limits(None)
+    for _ in range(FAILURES.count + 1):
+        limits.record_failure("::ffff:10.0.0.1")
+        limits.record_failure("fe80::1%eth0")
+    for address in ("::ffff:10.0.0.1", "::ffff:a00:1%eth0", "10.0.0.1", "fe80::2%eth1"):
+        with pytest.raises(TooManyFailures):
+            limits.refuse_after_failures(address)
+    for address in ("::ffff:192.0.2.9", "::ffff:10.0.0.2", "::"):
+        limits.refuse_after_failures(address)
+
+
 @pytest.mark.parametrize("address", ["a:b:c", "1::2::3", "[", "192.0.2.1:80:80", "%:", ":", "\ud800:"])
 def test_what_a_proxy_says_may_be_no_address(address: str) -> None:
     limits = Limits(None)

@@ -1,14 +1,18 @@
 """Pages: each event once, in order, whatever arrives meanwhile; and cursors that continue their own query only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+from conftest import execute, running_app, settings_for
+from sqlalchemy.engine import URL
 from test_filters import list_all, post_all, short_walks
+from verify import assert_ledger_consistent
 
+import migrations
 from queries import listing
 
 OLDEST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -57,6 +61,24 @@ def test_events_that_arrive_between_pages_neither_repeat_nor_hide_any(
             seen += [found["id"] for found in page.json()["events"]]
     assert len(seen) == len(set(seen))
     assert [event_id for event_id in seen if event_id in there_before] == there_before
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+def test_no_page_ends_behind_events_of_another_actor_that_were_not_reached(client: httpx.Client, order: str) -> None:
+    """What hides alice's only login from a walk of so many events does not hide it from the page."""
+    events = [("bob", "login")] * 3 + [("alice", "noise")] * 20 + [("alice", "login")] + [("bob", "login")] * 9
+    step = timedelta(hours=1 if order == "asc" else -1)
+    post_all(
+        client,
+        [
+            {"actor": actor, "event_type": event_type, "timestamp": (OLDEST + number * step).isoformat()}
+            for number, (actor, event_type) in enumerate(events)
+        ],
+    )
+    query = {"actor": ["alice", "bob"], "event_type": "login", "order": order, "limit": 4}
+    with short_walks():
+        actors = [found["actor"] for found in list_all(client, query)]
+    assert actors == ["bob"] * 3 + ["alice"] + ["bob"] * 9
 
 
 def test_the_last_page_has_no_next_even_where_it_is_full(client: httpx.Client) -> None:
@@ -127,6 +149,45 @@ def test_a_cursor_continues_its_own_query_only(client: httpx.Client, changes: di
     assert "other filters" in response.json()["detail"]
 
 
+@pytest.fixture
+def adopted(empty_database_url: URL) -> Iterator[httpx.Client]:
+    """A service whose log has rows from before it, with ids and a timestamp as it gives none."""
+    execute(
+        empty_database_url,
+        "CREATE TABLE audit_events (id serial PRIMARY KEY, event_type varchar NOT NULL, actor varchar NOT NULL,"
+        " timestamp timestamp NOT NULL)",
+    )
+    execute(
+        empty_database_url,
+        "INSERT INTO audit_events VALUES (-2, 'LOGIN', 'alice', '2026-01-01'), (-1, 'LOGIN', 'alice', '2026-01-01'),"
+        " (3, 'LOGIN', 'alice', '9999-12-31 23:59:59.999999'), (4, 'LOGIN', 'alice', '9999-12-31 23:59:59.999999')",
+    )
+    execute(
+        empty_database_url,
+        "INSERT INTO audit_events SELECT id, 'LOGIN', 'bob', '2027-01-01' FROM generate_series(5, 24) AS id",
+    )
+    migrations.upgrade(empty_database_url)
+    with running_app(settings_for(empty_database_url)) as client:
+        yield client
+    assert_ledger_consistent(empty_database_url)
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize(
+    "filters", [{"actor": "alice"}, {"actor": "al*"}, {"actor": "al*", "start": "2026-12-31T00:00:00Z"}], ids=str
+)
+def test_rows_from_before_the_service_are_listed_whatever_their_ids_and_timestamps(
+    adopted: httpx.Client, filters: dict[str, Any], order: str
+) -> None:
+    ids = [3, 4] if "start" in filters else [-2, -1, 3, 4]
+    expected = ids if order == "asc" else ids[::-1]
+    for limit in (1, 2, 10):
+        for way in (nullcontext, short_walks):
+            with way():
+                found = list_all(adopted, {**filters, "order": order, "limit": limit})
+            assert [event["id"] for event in found] == expected
+
+
 def test_a_cursor_fits_the_same_filters_said_otherwise_and_any_limit(client: httpx.Client) -> None:
     known = [found["id"] for found in fill(client) if found["actor"] in ("user.1", "user.2")]
     query: dict[str, Any] = {"actor": ["user.2", "user.1"], "source_ip": "10.0.0.0/8"}
@@ -135,3 +196,13 @@ def test_a_cursor_fits_the_same_filters_said_otherwise_and_any_limit(client: htt
     cursor = client.get("/events", params=query).json()["next_cursor"]
     same = {"actor": ["user.1", "user.2", "user.1"], "start": "2026-01-01T00:00:00Z", "limit": 1000, "cursor": cursor}
     assert [found["id"] for found in client.get("/events", params=same).json()["events"]] == known[2:]
+
+
+def test_a_cursor_fits_the_same_metadata_whatever_the_order_of_its_keys(client: httpx.Client) -> None:
+    moved = {"from": {"a": 1, "b": [2]}, "to": "x"}
+    events = [{"event_type": "MOVE", "actor": "alice", "metadata": moved} for _ in range(3)]
+    known = [found["id"] for found in post_all(client, events)]
+    query: dict[str, Any] = {"metadata": '{"from": {"a": 1, "b": [2]}, "to": "x"}', "limit": 1}
+    cursor = client.get("/events", params=query).json()["next_cursor"]
+    same = {"metadata": '{"to":"x","from":{"b":[2],"a":1}}', "cursor": cursor}
+    assert [found["id"] for found in client.get("/events", params=same).json()["events"]] == known[1:]

@@ -1,6 +1,8 @@
 """What cannot be run here is linted: the image's recipe, the workflow, the requirements."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,21 @@ def test_what_is_installed_is_what_is_pinned() -> None:
     for file in ("requirements.txt", "requirements-dev.txt"):
         for name, version in re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / file).read_text(), re.MULTILINE):
             assert versions[name] == version
+
+
+def test_the_bill_of_materials_names_what_is_pinned(tmp_path: Path) -> None:
+    """`make sbom`, which asks nobody: cyclonedx-py checks what it writes against the schema of CycloneDX."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--old-file=.venv/dev.installed", f"BIN={TOOLS}", "sbom"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    bill = json.loads((tmp_path / "sbom.json").read_text())
+    assert (bill["bomFormat"], bill["$schema"].startswith("http://cyclonedx.org/schema/")) == ("CycloneDX", True)
+    named = {(part["name"], part["version"], part["purl"]) for part in bill["components"]}
+    pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert "fastapi" in dict(pinned)
+    assert named == {(name, version, f"pkg:pypi/{name}@{version}") for name, version in pinned}
 
 
 def test_env_files_never_reach_git_or_the_image() -> None:

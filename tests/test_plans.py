@@ -14,11 +14,12 @@ from conftest import TEMPLATE, Server, execute
 from sqlalchemy import Engine, event
 
 from db import Database
+from housekeeping import redaction
 from housekeeping.partitions import seal_finished_months
 from queries import aggregates, listing, lookup
 from queries.cursors import encode_cursor
 from queries.reader import Reader
-from schemas import EventFilter, EventListing, HistogramQuery, TopQuery
+from schemas import EventFilter, EventListing, HistogramQuery, RedactionIn, TopQuery
 
 MONTHS, EVENTS_A_MONTH = 6, 6_000
 
@@ -114,8 +115,7 @@ def _index_of(node: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def explained(server: Server) -> Iterator[tuple[Reader, Plans]]:
-    plans = Plans()
+def log(server: Server) -> Iterator[Database]:
     with server.database(TEMPLATE) as url:
         for statement in LOG:
             execute(url, statement)
@@ -129,15 +129,20 @@ def explained(server: Server) -> Iterator[tuple[Reader, Plans]]:
         for setting in settings:
             execute(url, f"ALTER DATABASE {name} SET {setting}")
         database = Database(url)
-        reader = Reader(database, url, timedelta(seconds=10))
-        assert (
-            len(list(seal_finished_months(database))) == MONTHS + 1
-        )  # the present month was cut short by the migration
-        event.listen(Engine, "after_cursor_execute", plans.collect)
-        yield reader, plans
-        event.remove(Engine, "after_cursor_execute", plans.collect)
-        reader.close()
+        # The present month was cut short by the migration.
+        assert len(list(seal_finished_months(database))) == MONTHS + 1
+        yield database
         database.close()
+
+
+@pytest.fixture(scope="module")
+def explained(log: Database) -> Iterator[tuple[Reader, Plans]]:
+    plans = Plans()
+    reader = Reader(log, log.url, timedelta(seconds=10))
+    event.listen(Engine, "after_cursor_execute", plans.collect)
+    yield reader, plans
+    event.remove(Engine, "after_cursor_execute", plans.collect)
+    reader.close()
 
 
 def days_ago(days: int) -> datetime:
@@ -296,3 +301,32 @@ def test_a_count_stops_at_its_limit(explained: tuple[Reader, Plans]) -> None:
     reader, plans = explained
     assert aggregates.count_events(reader, EventFilter(), 1000) == (1000, True)
     assert plans.since().rows <= 1001
+    assert aggregates.count_events(reader, EventFilter(resource="nothing"), 1000) == (0, True)
+    assert plans.since().rows <= 1001
+
+
+@pytest.mark.parametrize("tenant", [None, "acme"])
+def test_a_batch_to_redact_is_walked_however_many_events_the_actor_has(
+    log: Database, explained: tuple[Reader, Plans], tenant: str | None
+) -> None:
+    plans = explained[1]
+    batches = redaction.find_batches(log, RedactionIn(actor="busy", tenant=tenant, reason="Request 1"))
+    assert len(next(batches)) == redaction.BATCH_EVENTS
+    plans.since()  # and which event is the newest
+    for _ in range(3):
+        assert len(next(batches)) == redaction.BATCH_EVENTS
+        ran = plans.since()
+        assert ran.indexes == {"actor_timestamp_id"}
+        assert ran.rows <= redaction.BATCH_EVENTS + PREFETCH
+
+
+def test_all_of_an_actor_is_found_to_be_redacted_by_index(log: Database, explained: tuple[Reader, Plans]) -> None:
+    plans = explained[1]
+    wanted = RedactionIn(actor="rare", reason="Request 1")
+    assert redaction.measure(log, wanted, "root") == redaction.Extent(5, 0)
+    assert plans.since().indexes == {"actor_timestamp_id", "metadata"}
+    found = [EVENTS_A_MONTH * month + 7 for month in range(5)]
+    assert list(redaction.find_batches(log, wanted)) == [found]
+    ran = plans.since()
+    assert ran.indexes == {"pkey", "actor_timestamp_id", "metadata"}
+    assert ran.rows <= 5 + 2 * PREFETCH

@@ -131,6 +131,28 @@ def test_tiles_may_be_kept_for_ever_and_checkpoints_may_not(client: httpx.Client
     assert client.get("/ledger/checkpoint").headers.get_list("cache-control") == ["no-store"]
 
 
+@pytest.mark.parametrize(
+    ("known", "status"),
+    [
+        ("*", 304),
+        ("{}", 304),
+        ("W/{}", 304),
+        ('"a,b", W/"c" ,{}', 304),
+        ('"*"', 200),
+        ('"{}"', 200),
+        ("", 200),
+        ('"x{}', 200),
+    ],
+)
+def test_a_client_says_what_it_has_as_rfc_9110_has_it(client: httpx.Client, known: str, status: int) -> None:
+    post_batch(client, 256)
+    entity_tag = client.get("/ledger/tile/0/000").headers["etag"]
+    again = client.get("/ledger/tile/0/000", headers={"If-None-Match": known.format(entity_tag)})
+    assert again.status_code == status
+    lines = [("If-None-Match", '"a"'), ("If-None-Match", entity_tag)]
+    assert client.get("/ledger/tile/0/000", headers=lines).status_code == 304
+
+
 def test_bundles_are_compressed_for_those_who_ask(client: httpx.Client) -> None:
     post_batch(client, 256)
     plain = client.get("/ledger/tile/entries/000", headers={"Accept-Encoding": "identity"})
@@ -182,6 +204,9 @@ def test_the_tree_of_one_size_begins_with_that_of_another(client: httpx.Client) 
     [
         ("from=2&to=1", "query.from"),
         ("from=1&to=9", "query.to"),
+        ("from=0&to=4", "query.to"),
+        ("from=4&to=4", "query.to"),
+        ("from=9223372036854775806&to=9223372036854775807", "query.to"),
         ("from=-1&to=1", "query.from"),
         ("from=1", "query.to"),
         ("from=1&to=1&size=1", "query.size"),
@@ -205,3 +230,13 @@ def test_rows_from_before_the_ledger_have_no_proof(server: Any, database: Databa
         assert client.get("/events/3/proof").status_code == 404
         assert client.get("/events/4/proof").json()["leaf_index"] == 0
         assert json.loads(bundles_of(client, 1)[0])["id"] == 4
+
+
+def test_what_an_adopted_log_does_not_have_is_told_of_whatever_its_number(database_url: URL) -> None:
+    execute(database_url, "UPDATE ledger_head SET first_id = 60000")
+    with running_app(settings_for(database_url)) as client:
+        for path in ("0/x999/x999/x999/x999/999", "1/x999/x999/x999/x999/999.p/1", "entries/x999/x999/x999/x999/999"):
+            assert client.get(f"/ledger/tile/{path}").json()["type"] == "urn:audit:problem:tile-not-found"
+        for sizes in ((2**63 - 3588, 2**63 - 3333), (2**63 - 2, 2**63 - 1)):
+            answer = client.get("/ledger/consistency", params=dict(zip(("from", "to"), sizes, strict=True)))
+            assert (answer.status_code, answer.json()["errors"][0]["location"]) == (422, "query.to")

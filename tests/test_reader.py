@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 import migrations
 from cluster import Cluster
+from config import ROOT
 from db import Database
 from queries import reader as reader_module
 from queries.reader import Reader
@@ -89,6 +91,17 @@ def test_a_statement_is_prepared_once_and_the_least_used_are_forgotten(
     # This question is a prepared statement too: the third.
     (known,) = reader.walk("SELECT array_agg(statement ORDER BY prepare_time) FROM pg_prepared_statements", {})
     assert [statement.partition("+ ")[2][:1] for statement in known[0]] == ["1", "4", ""]
+
+
+def test_two_workers_leave_connections_of_postgresqls_hundred_to_others(reader: Reader) -> None:
+    owned = 2  # those of the writer and of housekeeping
+    databases = [reader._database, reader._database]  # and the owner's
+    pools: list[Any] = [database.engine.pool for database in databases]
+    pools += [engine.pool for kinds in (reader._pools, reader._bound_pools) for engine in vars(kinds).values()]
+    most = owned + sum(pool.size() + pool._max_overflow for pool in pools)
+    assert 2 * most <= 100 - 3 - 5
+    assert f"A worker has at most {most}:" in (ROOT / "docs/queries.md").read_text()
+    assert f"at most {most} connections" in (ROOT / "README.md").read_text()
 
 
 def test_walks_and_searches_have_connections_of_their_own(reader: Reader) -> None:

@@ -1,5 +1,6 @@
 """Redaction: personal data is gone from answers, tables and files; what the tree vouches for is what it was."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import httpx
 import psycopg2
 import pytest
-from conftest import API_KEY, execute, run_cli, running_app, served, settings_for
+from conftest import API_KEY, SIGNER, execute, run_cli, running_app, served, settings_for
 from months import append_events, fill_months
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import URL
+from test_proofs import path_of
 from verify import assert_ledger_consistent, leaf_of
 
 import migrations
@@ -19,6 +21,8 @@ from db import Database
 from housekeeping import holds, redaction, rewrite
 from housekeeping.partitions import detach, list_partitions, seal_finished_months
 from housekeeping.rounds import do_round
+from ledger import tree
+from ledger.notes import TreeHead, open_checkpoint
 from problems import DatabaseUnavailable, InternalError
 from schemas import LegalHoldIn, RedactionIn
 from telemetry import Metrics
@@ -116,6 +120,52 @@ def test_leaves_and_tiles_are_what_they_were(client: httpx.Client, _shared_app: 
     assert bytes(execute(url, tiles)) == before
 
 
+def test_bundles_tiles_and_proofs_over_http_are_what_they_were_and_hold(
+    client: httpx.Client, _shared_app: tuple[httpx.Client, URL], tmp_path: Path
+) -> None:
+    size = 600  # two full tiles, and a partial one
+    ids = post(client, *[EVENT, BOB] * (size // 2))
+    proved = [ids[index] for index in (0, 1, 254, 255, 256, 512, 513, 598, 599)]
+    old, *_ = [_prove(client, event_id) for event_id in reversed(proved)]
+    tiles = [path_of(0), path_of(1), path_of(2, size % 256)]
+    paths = [f"/ledger/tile/{kind}/{tile}" for kind in ("entries", "0") for tile in tiles]
+    paths += [f"/ledger/tile/1/{path_of(0, 2)}", f"/ledger/consistency?from=300&to={size}"]
+
+    def served_now() -> list[bytes]:
+        answers = [client.get(path) for path in paths]
+        assert {answer.status_code for answer in answers} == {200}
+        entries = [client.get(f"/events/{event_id}/proof").json()["entry"].encode() for event_id in proved]
+        return [answer.content for answer in answers] + entries
+
+    before = served_now()
+    kept = tmp_path / "checkpoint"
+    kept.write_text(client.get("/ledger/checkpoint").text)
+    assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == size // 2
+    assert get(client, ids[0])["redacted_at"] and get(client, ids[598])["redacted_at"]
+    new = _prove(client, size + 1)  # of the event that records it
+    assert served_now() == before
+    for event_id in proved:
+        _prove(client, event_id)
+    answer = client.get("/ledger/consistency", params={"from": old.size, "to": new.size}).json()
+    path = [base64.b64decode(node) for node in answer["consistency_path"]]
+    assert tree.proves_consistency(old.size, old.root, new.size, new.root, path)
+    key = ["--key", str(SIGNER.verifier), "--checkpoint", str(kept)]
+    for options in (key, [*key, "--url", str(client.base_url), "--all"]):
+        status, said, complaints = run_cli(_shared_app[1], "verify", *options, API_KEY=API_KEY)
+        assert status == 0, complaints
+        assert said[0].startswith(f"{size + 1} events" if options is key else f"{SIGNER.name}: {size + 1} events")
+
+
+def _prove(client: httpx.Client, event_id: int) -> TreeHead:
+    """The checkpoint whose tree has the event, by the proof that is served."""
+    proof = client.get(f"/events/{event_id}/proof").json()
+    head, _ = open_checkpoint(proof["checkpoint"], SIGNER.verifier)
+    leaf = tree.hash_leaf(proof["entry"].encode())
+    path = [base64.b64decode(node) for node in proof["inclusion_path"]]
+    assert tree.root_from_inclusion(leaf, proof["leaf_index"], head.size, path) == head.root
+    return head
+
+
 def _rows(url: URL) -> list[dict[str, Any]]:
     database = Database(url)
     try:
@@ -177,6 +227,40 @@ def test_recorded_reads_about_the_person_go_too(database_url: URL) -> None:
     assert_ledger_consistent(database_url)
 
 
+def test_the_name_of_a_key_goes_when_the_key_works_no_more(
+    client: httpx.Client, _shared_app: tuple[httpx.Client, URL]
+) -> None:
+    def make(name: str, **members: Any) -> dict[str, Any]:
+        key: dict[str, Any] = client.post("/keys", json={"name": name, "scopes": ["admin"], **members}).json()
+        return key
+
+    def names() -> list[tuple[str, str, str | None]]:
+        keys = client.get("/keys").json()["keys"]
+        return sorted((key["name"], key["created_by"], key["revoked_by"]) for key in keys)
+
+    alice, bob = make("alice-the-clerk"), make("bob", tenant="acme")
+    as_alice = {"X-API-Key": alice["key"]}
+    client.post("/keys", json={"name": "carol", "scopes": ["read"]}, headers=as_alice)
+    client.delete(f"/keys/{bob['id']}", headers=as_alice)
+    # What she did with her key, and that it was made.
+    answer = redact(client, actor="alice-the-clerk", dry_run=False)
+    assert answer["count"] == 3
+    assert names() == [("alice-the-clerk", "root", None), ("bob", "root", "[redacted]"), ("carol", "[redacted]", None)]
+    assert client.get("/keys", headers=as_alice).status_code == 200, "it works on"
+    assert {"api_keys": 2, "reason": REASON} in [record["metadata"] for record in records(client)]
+
+    client.delete(f"/keys/{alice['id']}")
+    assert redact(client, actor="alice-the-clerk", tenant="acme", dry_run=False)["redaction"] is None
+    assert redact(client, actor="alice-the-clerk", dry_run=False)["redaction"] is not None
+    assert names()[0] == ("[redacted]", "root", "root")
+    assert redact(client, actor="alice-the-clerk", dry_run=False)["redaction"] is None, "nothing is left to erase"
+    assert "alice" not in client.get("/keys").text + client.get("/events").text
+    due = execute(_shared_app[1], "SELECT array_agg(relation) FROM rewrites_due")
+    assert "api_keys" in due
+    assert redact(client, actor="bob", tenant="acme", dry_run=False)["count"] == 1
+    assert "bob" not in client.get("/keys").text + client.get("/events").text
+
+
 def test_a_retry_makes_no_second_event_and_its_hash_is_gone(
     client: httpx.Client, _shared_app: tuple[httpx.Client, URL]
 ) -> None:
@@ -203,6 +287,41 @@ def test_a_call_erases_so_many_and_the_next_goes_on(client: httpx.Client, monkey
     assert [(answer["count"], answer["remaining"]) for answer in answers] == [(3, 1), (1, 0), (0, 0)]
     assert [answer["redaction"] is None for answer in answers] == [False, False, True]
     assert [record["metadata"]["count"] for record in records(client)] == [2, 1, 1]
+
+
+def test_memory_does_not_depend_on_how_many_events_an_actor_has(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    rows_of: list[int] = []
+
+    def count(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "audit_events AS event" in statement:
+            rows_of.append(cursor.rowcount)
+
+    post(client, *[EVENT] * 9)
+    event.listen(Engine, "after_cursor_execute", count)
+    try:
+        assert redact(client, actor=EVENT["actor"])["remaining"] == 9
+        assert redact(client, actor=EVENT["actor"], dry_run=False)["count"] == 9
+    finally:
+        event.remove(Engine, "after_cursor_execute", count)
+    assert len(rows_of) > 5 and max(rows_of) == 2
+
+
+def test_events_are_found_whatever_their_timestamps_and_those_that_land_meanwhile_later(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housekeeping.redaction.BATCH_EVENTS", 2)
+    moments = ["2026-03-01", "2026-01-01", "2026-02-01", "2026-01-01", "0001-01-01"]
+    append_events(database, *[{**EVENT, "timestamp": f"{moment}T00:00:00Z"} for moment in moments])
+    wanted = RedactionIn(actor=EVENT["actor"], reason=REASON)
+    batches = redaction.redact(database, wanted, "root", "redactions/1")
+    assert next(batches) == 2
+    append_events(database, EVENT)
+    assert list(batches) == [2, 1]
+    assert redaction.measure(database, wanted, "root") == redaction.Extent(1, 0)
+    assert list(redaction.redact(database, wanted, "root", "redactions/2")) == [1]
 
 
 def test_a_batch_whose_record_cannot_be_written_is_not_redacted(database: Database) -> None:

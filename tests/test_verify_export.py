@@ -2,19 +2,25 @@
 
 import gzip
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
 import pytest
-from conftest import API_KEY, SIGNER, run_cli
+from conftest import API_KEY, SIGNER, run_cli, settings_for
 from sqlalchemy.engine import URL
 from test_verify import ODD, plain
 
 from ledger.notes import generate_signer
+from queries.lines import EXPORTED_FIELDS
+from verifier.command import add_arguments
+from verifier.command import verify as verify_by
 from verifier.differences import PERSONAL, ROW
-from verifier.export import NO_PROOF, NOT_PROVED
+from verifier.entries import MEMBERS
+from verifier.export import MORE_MEMBERS, NO_PROOF, NOT_IN_ORDER, NOT_PROVED
 
 NOWHERE = URL.create("postgresql", host="127.0.0.1", port=1)
 COUNT = 300
@@ -95,6 +101,127 @@ def test_a_proof_that_does_not_hold_is_named(export: Path) -> None:
     assert status == 1
     for event_id in (100, 101, 102):
         assert f"Event {event_id}: {NOT_PROVED}" in complaints
+
+
+def rewrite_lines(path: Path, change: Callable[[list[str]], object]) -> None:
+    """Change the lines of a file, the last of which is empty."""
+    lines = path.read_text().split("\n")
+    change(lines)
+    path.write_text("\n".join(lines))
+
+
+def test_the_members_that_are_looked_for_are_those_that_exports_have() -> None:
+    assert frozenset(EXPORTED_FIELDS) == MEMBERS
+
+
+def test_what_stands_behind_the_last_line_is_told(export: Path) -> None:
+    rewrite_lines(export, lambda lines: lines.insert(-1, lines[98].replace("1", "2")))
+    status, _, complaints = verify(export)
+    assert (status, complaints.count("There is more behind the last line of the export.")) == (1, 1), complaints
+
+
+@pytest.mark.parametrize("place", [100, 150])
+def test_an_event_that_stands_twice_is_told(export: Path, place: int) -> None:
+    rewrite_lines(export, lambda lines: lines.insert(place, lines[99]))
+    edit(export, COUNT + 2, lambda totals: totals.update({"count": COUNT + 2}))
+    status, _, complaints = verify(export)
+    assert (status, f"Event 100: {NOT_IN_ORDER}\n" in complaints) == (1, True), complaints
+
+
+def test_members_that_no_export_has_are_told(export: Path) -> None:
+    edit(export, 99, lambda event: event.update({"severity": "critical"}))
+    status, _, complaints = verify(export)
+    assert (status, f"Event 100: {MORE_MEMBERS}\n" in complaints) == (1, True), complaints
+
+
+def test_a_last_line_that_says_more_is_none(export: Path) -> None:
+    edit(export, COUNT + 1, lambda totals: totals.update({"actor": "eve"}))
+    status, _, complaints = verify(export)
+    assert (status, "it lacks the last line" in complaints) == (1, True), complaints
+
+
+@pytest.mark.parametrize(
+    ("honest", "twice"),
+    [('"actor":', '"actor":"eve","actor":'), ('"metadata":', '"metadata":[{"m":1,"m":1}],"nothing":')],
+)
+def test_a_name_that_stands_twice_is_no_json_that_all_read_alike(export: Path, honest: str, twice: str) -> None:
+    def change(lines: list[str]) -> None:
+        assert honest in lines[99]
+        lines[99] = lines[99].replace(honest, twice)
+
+    rewrite_lines(export, change)
+    status, said, complaints = verify(export)
+    assert (status, said) == (2, [])
+    assert "no JSON object whose names differ" in complaints
+
+
+UNLIKE_PROOFS: list[dict[str, Any]] = [
+    {"inclusion_path": ["é"]},
+    {"inclusion_path": "é"},
+    {"inclusion_path": [1]},
+    {"leaf_index": "1"},
+    {"leaf_index": 1e300},
+    {"leaf_index": -(2**63)},
+    {"checkpoint": []},
+    {"checkpoint": "é"},
+    {"entry": None},
+    {"event_id": "1"},
+]
+
+
+def test_proofs_that_hold_anything_never_end_in_a_traceback(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proofs = export.with_name("proofs")
+    honest = proofs.read_bytes()
+    for members in UNLIKE_PROOFS:
+        proofs.write_bytes(honest)
+        rewrite_lines(proofs, lambda lines: lines.insert(99, json.dumps(json.loads(lines.pop(99)) | members)))  # noqa: B023 - at once
+        assert verify_here(export, capsys) in (1, 2), members
+
+
+NOISE = [
+    b"\xff",
+    b"\0",
+    b"[",
+    b"[1]",
+    b"null",
+    b'"id"',
+    b"7",
+    b"{}",
+    b'{"id":[]}',
+    b"NaN",
+    b"1e999",
+    b'"\\ud800"',
+    b"\n",
+]
+
+
+@pytest.mark.parametrize("name", ["events.ndjson", "proofs"])
+def test_files_that_hold_anything_never_end_in_a_traceback(
+    export: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path, random = export.with_name(name), Random(0)  # noqa: S311 - no secret
+    honest = path.read_bytes()
+    deep = [b"[" * 900 + b"]" * 900, b"[" * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900]
+    for number in range(100):
+        noise = random.choice([*NOISE, *deep])
+        at = random.choice([random.randrange(len(honest)), honest.find(b'"metadata":') + 11, 0])
+        path.write_bytes(honest[:at] + noise + honest[at + random.choice([0, 1, 4, 100]) :])
+        if number % 3 == 0:
+            packed = bytearray(gzip.compress(path.read_bytes()))
+            packed[random.randrange(len(packed))] ^= 1 << random.randrange(8)
+            path.write_bytes(packed)
+        assert verify_here(export, capsys) in (0, 1, 2)
+
+
+def verify_here(export: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """The status that the command ends with, in this process; whatever it raises comes out."""
+    parser = ArgumentParser()
+    add_arguments(parser)
+    proofs = str(export.with_name("proofs"))
+    arguments = ["--export", str(export), "--proofs", proofs, "--key", str(SIGNER.verifier)]
+    status = verify_by(settings_for(NOWHERE), parser.parse_args(arguments))
+    capsys.readouterr()
+    return status
 
 
 def test_a_cut_export_is_told(export: Path) -> None:

@@ -1,22 +1,24 @@
 """Witnesses: what they are asked, what they answer, and how their signatures are served."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SIGNER, run_cli
+from conftest import SIGNER, execute, run_cli
 from sqlalchemy.engine import URL
 
 from config import ROOT
-from ledger.notes import COSIGNATURE, Signer, TreeHead, generate_signer, open_checkpoint, parse_note
+from ledger.notes import COSIGNATURE, Signer, TreeHead, generate_signer, open_checkpoint, parse_note, sign_checkpoint
 from ledger.tree import EMPTY_ROOT, proves_consistency
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
@@ -51,7 +53,7 @@ def served_witness(witness: Witness) -> Iterator[str]:
             status, body = witness.answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(body.encode("utf-8", "surrogateescape"))
 
         def log_message(self, *_: object) -> None:
             pass
@@ -139,6 +141,77 @@ def test_a_signature_that_does_not_verify_is_not_kept(client: httpx.Client, url:
     assert client.get("/ledger/checkpoint", params={"cosigned": True}).status_code == 404
 
 
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_what_is_signed_under_another_checkpoint_is_not_kept(
+    client: httpx.Client, url: URL, tmp_path: Path, is_signed: bool
+) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    grow(client, 5)
+    signer = SIGNER if is_signed else generate_signer(SIGNER.name)
+    doctored = sign_checkpoint(signer, 5, bytes(32))
+    (file := tmp_path / "request").write_text(f"old 0\n\n{doctored}")
+    status, complaint = _cosign(url, vkey, str(file), str(witness.signer.cosign(doctored.text, 1_700_000_001)))
+    said = "not the one of size 5 that is kept here" if is_signed else "has not signed it"
+    assert status == 1 and said in complaint and "Traceback" not in complaint, complaint
+    assert client.get("/ledger/checkpoint", params={"cosigned": True}).status_code == 404
+
+
+@pytest.mark.parametrize("moment", [253_402_300_800, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_signature_of_no_year_is_not_kept(client: httpx.Client, url: URL, tmp_path: Path, moment: int) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    grow(client, 5)
+    _, lines, _ = run_cli(url, "ledger", "cosign-request", "--witness", vkey)
+    (file := tmp_path / "request").write_text("\n".join(lines) + "\n")
+    _, opened = open_checkpoint("\n".join(lines).partition("\n\n")[2] + "\n", SIGNER.verifier)
+    status, complaint = _cosign(url, vkey, str(file), str(witness.signer.cosign(opened.text, moment)))
+    assert status == 1 and f"has signed at {moment} in Unix time" in complaint and "Traceback" not in complaint
+    assert client.get("/ledger/checkpoint", params={"cosigned": True}).status_code == 404
+
+
+def test_only_a_witness_key_cosigns(client: httpx.Client, url: URL, tmp_path: Path) -> None:
+    grow(client, 5)
+    note = client.get("/ledger/checkpoint").text
+    (file := tmp_path / "request").write_text(f"old 0\n\n{note}")
+    status, complaint = _cosign(url, str(SIGNER.verifier), str(file), note.rpartition("\n\n")[2])
+    assert status == 1 and "is none of a witness" in complaint
+
+
+def test_a_log_shorter_than_what_the_witness_has_seen_is_told(client: httpx.Client, url: URL) -> None:
+    witness = Witness()
+    vkey = str(witness.signer.verifier)
+    grow(client, 4)
+    said = "The witness has signed a checkpoint of size 5, and the log's newest has 4: the log is shorter"
+    for command in (["cosign-request"], ["cosign", "--url", "http://127.0.0.1:1"]):
+        status, lines, complaint = run_cli(url, "ledger", *command, "--witness", vkey, "--old-size", "5")
+        assert (status, lines) == (1, []) and complaint.startswith(f"audit-service: {said}"), complaint
+    assert "invalid" in run_cli(url, "ledger", "cosign-request", "--witness", vkey, "--old-size", "-1")[2]
+    with served_witness(witness) as prefix:
+        assert run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)[0] == 0
+    execute(url, "DELETE FROM ledger_checkpoints")
+    execute(url, f"INSERT INTO ledger_checkpoints SELECT '{SIGNER.name}', 3, sha256(''), '{shorter()}', now()")
+    status, _, complaint = run_cli(url, "ledger", "cosign-request", "--witness", vkey)
+    assert status == 1 and "a checkpoint of size 4, and the log's newest has 3" in complaint
+
+
+@pytest.mark.parametrize("body", ["\udcff", "", "— witness.test/w1 AAAA\n", "\x00"])
+def test_a_witness_that_answers_anything_is_told_plainly(client: httpx.Client, url: URL, body: str) -> None:
+    witness = Witness()
+    grow(client, 4)
+    witness.answer = lambda _: (200, body)  # type: ignore[method-assign,assignment]
+    with served_witness(witness) as prefix:
+        for address in (prefix, "no-url", "http://[::1"):
+            vkey = str(witness.signer.verifier)
+            status, _, complaint = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", address)
+            assert status == 1 and complaint.startswith("audit-service: ") and complaint.count("\n") == 1, complaint
+
+
+def shorter() -> str:
+    """A checkpoint of a log of three events."""
+    return str(sign_checkpoint(SIGNER, 3, EMPTY_ROOT))
+
+
 def test_a_witness_that_knows_more_says_how_to_go_on(client: httpx.Client, url: URL) -> None:
     witness = Witness()
     vkey = str(witness.signer.verifier)
@@ -151,6 +224,29 @@ def test_a_witness_that_knows_more_says_how_to_go_on(client: httpx.Client, url: 
         assert status == 1 and "signed a checkpoint of size 4 last: name that with --old-size" in complaint
         assert run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix, "--old-size", "4")[0] == 0
     assert witness.last.size == 8
+
+
+@pytest.mark.parametrize("answer", [b"220 mail.test ESMTP\r\n", b"HTTP/1.1 200 OK\r\n\r\n\xff\xfe"])
+def test_a_witness_that_answers_nonsense_is_told_in_a_line(client: httpx.Client, url: URL, answer: bytes) -> None:
+    grow(client, 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_answer_once, listener, answer)
+        prefix = "http://{}:{}".format(*listener.getsockname())
+        vkey = str(Witness().signer.verifier)
+        status, _, complaint = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)
+        asked.result()
+    assert (status, complaint.count("\n")) == (1, 1)
+    assert "what the witness answered is not HTTP, or no text" in complaint
+
+
+def _answer_once(listener: socket.socket, answer: bytes) -> None:
+    listener.settimeout(60)
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(100_000):
+            pass
 
 
 def _cosign(url: URL, vkey: str, file: str, answer: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from auth import api_key_in_force
 from config import ConfigurationError, Settings
 from db import open_database
-from ledger.notes import NoteError, Verifier, open_checkpoint, parse_note, parse_tree_head, parse_verifier
+from ledger.notes import NoteError, Verifier, decode_note, open_checkpoint, parse_note, parse_tree_head, parse_verifier
 from problems import Problem
 from proofs.sink import FileSink
 from verifier.database import Verdict, verify_database
@@ -32,6 +32,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint that you kept")
     parser.add_argument("--url", help="verify from outside, over HTTP: needs --key, and goes on from --checkpoint")
     parser.add_argument("--all", action="store_true", help="with --url: what was verified before, too")
+    parser.add_argument(
+        "--pruned", type=int, default=0, metavar="LEAF", help="with --url: retention dropped the leaves below this one"
+    )
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="verify an NDJSON export offline: needs --key, --proofs"
     )
@@ -95,21 +98,36 @@ def _verify_remote(settings: Settings, arguments: Namespace, key: Verifier | Non
     kept = sink.read()
     old = None if kept is None else open_checkpoint(kept, key)[0]
     with tqdm(unit=" entries", desc="verifying") as progress:
-        check = verify_remote(
-            arguments.url, api_key_in_force(settings), key, old, _progress(progress), is_whole=arguments.all
+        seen = asyncio.run(
+            verify_remote(
+                arguments.url,
+                api_key_in_force(settings),
+                key,
+                old,
+                _progress(progress),
+                pruned=arguments.pruned,
+                is_whole=arguments.all,
+            )
         )
-        seen = asyncio.run(check)
     print(
         f"{seen.head.origin}: {seen.head.size} events, root {seen.head.root.hex()}, checked from leaf {seen.start} on"
     )
     if seen.pruned > seen.start:
-        print(f"Entries below leaf {seen.pruned} are pruned: their hashes are in the tree.")
+        print(
+            f"Entries below leaf {seen.pruned} are not served: you say that retention dropped those below"
+            f" {arguments.pruned}. Their hashes are in the tree."
+        )
     basis = f"Nothing was known of this log: its checkpoint is trusted from now on, in {arguments.checkpoint}."
     if old is not None:
-        basis = f"It begins with the {old.size} events of the checkpoint that you had; {arguments.checkpoint} is new."
+        basis = (
+            f"It begins with the tree of {old.size} events that you had a checkpoint of; {arguments.checkpoint} is new."
+        )
+    if seen.start:
+        basis = f"{basis} Entries below leaf {seen.start} were not read: --all reads them."
     if not seen.complaints:
         sink.write(seen.note)
-    return conclude(seen.complaints, "", basis)
+    since = max(seen.start, seen.pruned)
+    return conclude(_first_of(seen.complaints), "", basis, f"entry from leaf {since} on" if since else "entry")
 
 
 def _verify_export(_: Settings, arguments: Namespace, key: Verifier | None) -> int:
@@ -121,10 +139,12 @@ def _verify_export(_: Settings, arguments: Namespace, key: Verifier | None) -> i
     complaints = _first_of(proved.differences)
     if not proved.is_complete:
         complaints.append("The export is cut: it lacks the last line, which says how many events it has.")
+    if proved.has_more:
+        complaints.append("There is more behind the last line of the export.")
     return conclude(complaints, "", "What is not in the export, for instance because of its filters, it does not show.")
 
 
-def _first_of(differences: Sequence[Difference]) -> list[str]:
+def _first_of(differences: Sequence[Difference | str]) -> list[str]:
     lines = [str(difference) for difference in differences[:_MOST_LINES]]
     if len(differences) > _MOST_LINES:
         lines.append(f"… and {len(differences) - _MOST_LINES} more.")
@@ -141,19 +161,19 @@ def _progress(bar: "tqdm[NoReturn]") -> Callable[[int, int], object]:
 
 def read_promise(path: Path, key: Verifier | None) -> Promise:
     """The checkpoint in this file, its signature checked where the key is known; raises NoteError, OSError."""
-    note = path.read_text(encoding="utf-8")
+    note = decode_note(path.read_bytes())
     head = parse_tree_head(parse_note(note).text) if key is None else open_checkpoint(note, key)[0]
     return Promise(head, f"the checkpoint in {path}")
 
 
-def conclude(complaints: Sequence[str], first: str, basis: str) -> int:
-    """Print what is wrong and the verdict; return the exit status."""
+def conclude(complaints: Sequence[str], first: str, basis: str, what: str = "event") -> int:
+    """Print what is wrong and the verdict, on every `what`; return the exit status."""
     for complaint in complaints:
         print(f"audit-service: {complaint}", file=sys.stderr)
     if complaints:
         print(f"CHANGED: the log is not what was recorded.{first}")
         return 1
-    print("OK: every event is as it was recorded, in the order in which it was.")
+    print(f"OK: every {what} is as it was recorded, in the order in which it was.")
     print(basis)
     return 0
 

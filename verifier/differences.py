@@ -29,6 +29,11 @@ def at(event_id: int, what: str) -> Difference:
     return Difference(event_id, event_id, what)
 
 
+def named(differences: Iterable[Difference]) -> set[int]:
+    """The events of each of which something is said by itself."""
+    return {each.first_id for each in differences if each.first_id == each.last_id}
+
+
 def in_order(differences: Iterable[Difference]) -> Iterator[Difference]:
     """By id; runs of ids of which the same is to be said as one."""
     last: Difference | None = None

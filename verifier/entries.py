@@ -13,6 +13,11 @@ REDACTED = {"actor": "[redacted]"}  # all that is left of a personal part that w
 
 Personal = Literal["intact", "redacted", "changed"]
 
+# What an event of an export has, and nothing else.
+MEMBERS = frozenset(
+    "id event_type actor timestamp recorded_at tenant resource outcome source source_ip trace_id metadata redacted_at"
+    " nonce personal_hash".split()
+)
 _NAMES = ("event_type", "outcome", "personal_hash", "recorded_at", "source", "tenant", "timestamp", "trace_id")
 
 

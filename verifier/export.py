@@ -5,8 +5,9 @@ The proofs are the answers of GET /events/{id}/proof, a line each, in the order 
 
 import asyncio
 import gzip
+import json
+import zlib
 from base64 import b64decode
-from binascii import Error as Base64Error
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,20 +15,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import orjson
 
-from ledger.notes import TreeHead, Verifier, open_checkpoint
+from ledger.notes import NoteError, TreeHead, Verifier, open_checkpoint
 from ledger.tree import hash_leaf, root_from_inclusion
 from verifier.differences import PERSONAL, ROW, Difference, at
-from verifier.entries import check_personal_part, entry_of
-from verifier.remote import RemoteError
+from verifier.entries import MEMBERS, check_personal_part, entry_of
+from verifier.remote import cancel, open_client, read_resource
 
 NO_PROOF = "there is no proof of it"
 NOT_PROVED = "its proof does not lead to the checkpoint that it names"
+MORE_MEMBERS = "it has members that no event has"
+NOT_IN_ORDER = "it stands behind itself or a newer event"
+
+_TOTALS = frozenset(("complete", "count", "snapshot"))  # the members of the last line
 
 _AT_ONCE = 32
-_TIMEOUT_S = 30
 
 
 class NoExport(Exception):
@@ -42,25 +45,32 @@ class Proved:
     redacted: int = 0
     largest: int = 0  # tree that the proofs lead to
     is_complete: bool = False  # it has the line that says so, with this count
+    has_more: bool = False  # behind that line
     differences: list[Difference] = field(default_factory=list)
 
 
 def verify_export(export: Path, proofs: Path, key: Verifier, advance: Callable[[int], object]) -> Proved:
     """Check every event of an export; raises NoExport, OSError, and NoteError where a checkpoint is not this key's."""
     check = _Check(key)
-    answers = _lines(proofs)
+    events, answers = _lines(export), _lines(proofs)
     proof = next(answers, None)
     try:
-        for event in _lines(export):
+        for event in events:
             if "id" not in event:
-                check.proved.is_complete = event.get("complete") is True and event.get("count") == check.proved.count
+                check.finish(event)
                 break
             while proof is not None and proof["event_id"] < event["id"]:
                 proof = next(answers, None)
             check.take(event, proof if proof is not None and proof["event_id"] == event["id"] else None)
+            check.proved.count += 1
             advance(1)
-    except (KeyError, TypeError, AttributeError):
-        raise NoExport(f"{export} or {proofs}: event {check.proved.count + 1} or its proof lacks a member") from None
+        check.proved.has_more = next(events, None) is not None
+    except NoteError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise NoExport(
+            f"{export} or {proofs}: event {check.proved.count + 1} or its proof is not as it is made"
+        ) from None
     return check.proved
 
 
@@ -71,12 +81,18 @@ class _Check:
         self.proved = Proved()
         self._open = cache(lambda note: open_checkpoint(note, key)[0])
         self._first_id: int | None = None  # of the ledger: what the first proof says of it holds for all
+        self._last_id: int | None = None  # the newest so far
 
     def take(self, event: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
-        self.proved.count += 1
         personal = check_personal_part(event)
         self.proved.redacted += personal == "redacted"
-        if personal == "changed":
+        if self._last_id is not None and event["id"] <= self._last_id:
+            self._differ(event, NOT_IN_ORDER)
+            return
+        self._last_id = event["id"]
+        if not MEMBERS.issuperset(event):
+            self._differ(event, MORE_MEMBERS)
+        elif personal == "changed":
             self._differ(event, PERSONAL)
         elif proof is None:
             self._differ(event, NO_PROOF)
@@ -85,6 +101,11 @@ class _Check:
         else:
             self._check_path(event, proof)
 
+    def finish(self, totals: Mapping[str, Any]) -> None:
+        """The line that no event is."""
+        is_last = totals.keys() == _TOTALS and totals["complete"] is True
+        self.proved.is_complete = is_last and totals["count"] == self.proved.count
+
     def _check_path(self, event: Mapping[str, Any], proof: Mapping[str, Any]) -> None:
         head: TreeHead = self._open(proof["checkpoint"])
         leaf_index = proof["leaf_index"]
@@ -92,7 +113,7 @@ class _Check:
         self._first_id = first_id if self._first_id is None else self._first_id
         try:
             path = [b64decode(node, validate=True) for node in proof["inclusion_path"]]
-        except Base64Error:
+        except ValueError:  # none, or not in ASCII
             path = []
         root = root_from_inclusion(hash_leaf(proof["entry"].encode()), leaf_index, head.size, path)
         if root != head.root or first_id != self._first_id:
@@ -108,42 +129,43 @@ async def proofs_of(url: str, api_key: str, export: Path) -> AsyncIterator[bytes
 
     Raises RemoteError, NoExport and OSError.
     """
-    limits = httpx.Limits(max_connections=_AT_ONCE)
-    headers = {"X-API-Key": api_key}
-    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=_TIMEOUT_S) as client:
+    async with open_client(url, api_key, _AT_ONCE) as client:
         waiting: deque[asyncio.Task[bytes | None]] = deque()
         events = _lines(export)
         try:
             while True:
                 while len(waiting) < _AT_ONCE and (event := next(events, None)) is not None and "id" in event:
-                    waiting.append(asyncio.create_task(_read_proof(client, event["id"])))
+                    waiting.append(asyncio.create_task(read_resource(client, f"/events/{event['id']}/proof")))
                 if not waiting:
                     return
                 if (proof := await waiting.popleft()) is not None:
                     yield proof + b"\n"
         finally:
-            for task in waiting:
-                task.cancel()
-
-
-async def _read_proof(client: httpx.AsyncClient, event_id: int) -> bytes | None:
-    """The answer; None where the log has no leaf of this event."""
-    try:
-        answer = await client.get(f"/events/{event_id}/proof")
-    except httpx.HTTPError as error:
-        raise RemoteError(f"{client.base_url}: {error or type(error).__name__}") from None
-    if answer.status_code not in (200, 404):
-        raise RemoteError(f"{answer.url}: {answer.status_code} {answer.text[:200]}")
-    return answer.content if answer.status_code == 200 else None
+            await cancel(waiting)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a file, gzip or not, a line each. Lines end at LF only."""
+    """The JSON objects in a file, gzip or not, a line each. Lines end at LF only. Raises NoExport and OSError."""
     with path.open("rb") as raw:
         is_compressed = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if is_compressed else path.open("rb") as file:
         try:
             for line in file:
-                yield orjson.loads(line)
-        except (ValueError, EOFError, gzip.BadGzipFile):
-            raise NoExport(f"{path}: a line is cut, or no JSON") from None
+                yield _parse_object(line)
+        except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile):
+            raise NoExport(f"{path}: a line is cut, or no JSON object whose names differ") from None
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    """As orjson reads it, and any other reader: of two members with one name they do not agree which counts."""
+    parsed = orjson.loads(line)
+    if type(parsed) is not dict:
+        raise ValueError("no object")
+    json.loads(line, object_pairs_hook=_require_different_names)
+    return parsed
+
+
+def _require_different_names(members: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in members]
+    if len(set(names)) < len(names):
+        raise ValueError("a name stands twice")

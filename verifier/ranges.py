@@ -5,15 +5,15 @@ what is wrong with a row is said once, and what is wrong with the tree is said o
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from psycopg2.extensions import connection as Connection
 
 from ledger.tree import TILE_WIDTH, root_of, split_hashes
 from verifier import swaps
-from verifier.differences import ADDED, MISSING, PERSONAL, TWICE, Difference, at
-from verifier.rows import COPY_ROWS, Hashed, Lines, Run, hash_rows
+from verifier.differences import ADDED, MISSING, PERSONAL, ROW, TWICE, Difference, at, named
+from verifier.rows import BETWEEN, COPY_ROWS, Hashed, Lines, Run, hash_rows
 from verifier.tree import edge_of, fold
 
 MAX_ID = 2**63 - 1
@@ -61,9 +61,10 @@ class Checked:
 def check_range(connection: Connection, wanted: Range) -> Checked:
     """Hash the rows of a range and compare."""
     lines = Lines()
-    last_id = MAX_ID if wanted.is_last else wanted.first_id + wanted.end
+    last_id = MAX_ID if wanted.is_last else wanted.first_id + wanted.end - 1
     with connection.cursor() as cursor:
-        cursor.copy_expert(COPY_ROWS.format(start=wanted.ids.start, end=last_id, limit="ALL"), lines)
+        condition = BETWEEN.format(first_id=wanted.ids.start, last_id=last_id)
+        cursor.copy_expert(COPY_ROWS.format(condition=condition, limit="ALL"), lines)
         cursor.execute(_LEAF_TILES, (wanted.start // TILE_WIDTH, wanted.end // TILE_WIDTH))
         stored = {index: (bytes(hashes), bytes(root)) for index, hashes, root in cursor}
     hashed = hash_rows(lines.rows)
@@ -83,8 +84,9 @@ def check_range(connection: Connection, wanted: Range) -> Checked:
         else:
             _grow(wanted, start, hashes, checked)
     if wrong:
-        known = {event_id for each in checked.differences for event_id in (each.first_id, each.last_id)}
-        checked.differences += swaps.explain(lines.rows, wrong, known)
+        known = named(checked.differences)
+        explained = list(swaps.explain(lines.rows, wrong, known))
+        checked.differences += [*explained, *_unexplained(wanted, wrong, known, explained)]
     return checked
 
 
@@ -115,6 +117,19 @@ def _compare(
         return {}
     pairs = enumerate(zip(leaves, split_hashes(tile[0]), strict=True), wanted.first_id + start)
     return {event_id: stored for event_id, (leaf, stored) in pairs if leaf is not None and leaf != stored}
+
+
+def _unexplained(
+    wanted: Range, wrong: Collection[int], known: Set[int], explained: Sequence[Difference]
+) -> Iterator[Difference]:
+    """The wrong events of each tile of which nothing is said, whatever the reason: that they differ is certain."""
+    tiles: dict[int, list[int]] = {}
+    for event_id in wrong:
+        tiles.setdefault((event_id - wanted.first_id) // TILE_WIDTH, []).append(event_id)
+    for ids in tiles.values():
+        said = (each.first_id <= event_id <= each.last_id for each in explained for event_id in ids)
+        if known.isdisjoint(ids) and not any(said):
+            yield from (at(event_id, ROW) for event_id in ids)
 
 
 def _of_tile(wanted: Range, start: int, what: str) -> Difference:

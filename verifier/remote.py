@@ -5,17 +5,20 @@ c2sp.org/tlog-tiles. Entries are hashed to leaves and leaves to the root; what t
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
-from ledger.notes import TreeHead, Verifier, open_checkpoint
+from ledger.notes import TreeHead, Verifier, decode_note, open_checkpoint
 from ledger.tree import TILE_WIDTH, TileId, hash_leaf, split_hashes, tile_width
 from verifier.tree import GrowingTree, edge_of, fold
 
 _AT_ONCE = 24  # tiles on their way, each with its bundle
 _TIMEOUT_S = 30
+_LAST_PORT = 0xFFFF
+_MOST_BYTES = TILE_WIDTH * (2 + 0xFFFF)  # of a bundle whose entries are as long as can be
 
 
 class RemoteError(Exception):
@@ -29,7 +32,7 @@ class Seen:
     head: TreeHead
     note: str  # its checkpoint
     start: int = 0  # the first leaf that was looked at
-    pruned: int = 0  # leaves whose entries are not served any more
+    pruned: int = 0  # leaves whose entries are not served, as was known of them
     complaints: list[str] = field(default_factory=list)
 
 
@@ -40,14 +43,7 @@ class _Log:
         self._client = client
 
     async def read(self, path: str) -> bytes | None:
-        """The resource, decompressed; None where the log does not have it. Raises RemoteError."""
-        try:
-            answer = await self._client.get(path)
-        except httpx.HTTPError as error:
-            raise RemoteError(f"{self._client.base_url}: {error or type(error).__name__}") from None
-        if answer.status_code not in (200, 404):
-            raise RemoteError(f"{answer.url}: {answer.status_code} {answer.text[:200]}")
-        return answer.content if answer.status_code == 200 else None
+        return await read_resource(self._client, path)
 
     async def read_tile(self, tile: TileId, size: int) -> list[bytes] | None:
         """A tile's hashes, as many as a tree of this size has in it; None where they are not served as such."""
@@ -68,35 +64,72 @@ async def verify_remote(
     old: TreeHead | None,
     advance: Callable[[int, int], object],
     *,
+    pruned: int = 0,
     is_whole: bool = False,
 ) -> Seen:
     """Check that the log at the URL begins with the old tree, and what came since; or, where so asked, all of it.
 
+    `pruned`: how many leaves, the first ones, may lack their entries. Only the caller knows what retention dropped.
     Raises RemoteError, and NoteError where the checkpoint is not one of this key's.
     """
-    limits = httpx.Limits(max_connections=_AT_ONCE)
-    headers = {"X-API-Key": api_key}
-    base_url = f"{url.rstrip('/')}/ledger/"
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=_TIMEOUT_S) as client:
+    async with open_client(f"{url.rstrip('/')}/ledger/", api_key, _AT_ONCE) as client:
         log = _Log(client)
-        note = (await log.read("checkpoint") or b"").decode()
+        note = decode_note(await log.read("checkpoint") or b"")
         seen = Seen(open_checkpoint(note, key)[0], note)
         if old is not None and old.size > seen.head.size:
             seen.complaints.append(f"You have a checkpoint of {old.size} events, and the log has {seen.head.size}.")
         else:
-            await _Walk(log, seen, old).go(0 if old is None or is_whole else old.size // TILE_WIDTH, advance)
+            await _Walk(log, seen, old, pruned).go(0 if old is None or is_whole else old.size // TILE_WIDTH, advance)
     return seen
+
+
+def open_client(url: str, api_key: str, at_once: int) -> httpx.AsyncClient:
+    """For so many requests at a time to what is below this URL; raises RemoteError where it is none."""
+    limits = httpx.Limits(max_connections=at_once)
+    try:
+        if (httpx.URL(url).port or 0) > _LAST_PORT:
+            raise ValueError(f"no port is higher than {_LAST_PORT}")
+        return httpx.AsyncClient(base_url=url, headers={"X-API-Key": api_key}, limits=limits, timeout=_TIMEOUT_S)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise RemoteError(f"{url}: {error}") from None
+
+
+async def read_resource(client: httpx.AsyncClient, path: str) -> bytes | None:
+    """The resource, decompressed; None where the server does not have it. Raises RemoteError."""
+    body = b""
+    try:
+        async with client.stream("GET", path) as answer:
+            async for piece in answer.aiter_bytes():
+                body += piece
+                if len(body) > _MOST_BYTES:
+                    raise RemoteError(f"{answer.url}: it is longer than {_MOST_BYTES} bytes")
+    except (httpx.HTTPError, ValueError) as error:
+        raise RemoteError(f"{client.base_url}: {str(error) or type(error).__name__}") from None
+    if answer.status_code not in (200, 404):
+        # On a terminal it must not say more than it does.
+        said = "".join(filter(str.isprintable, body[:200].decode(errors="replace")))
+        raise RemoteError(f"{answer.url}: {answer.status_code} {said}")
+    return body if answer.status_code == 200 else None
+
+
+async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """End what nobody waits for any more; what it fails with is of no interest."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Walk:
     """From the old tree to the new one, tile by tile."""
 
-    def __init__(self, log: _Log, seen: Seen, old: TreeHead | None) -> None:
+    def __init__(self, log: _Log, seen: Seen, old: TreeHead | None, pruned: int) -> None:
         self._log = log
         self._seen = seen
         self._old = old
+        self._pruned = pruned
         self._size = seen.head.size
         self._has_entries = False  # seen so far
+        self._missing: list[range] = []  # leaves without entries that should have them
         self._above: list[tuple[TileId, list[bytes]]] = []  # higher tiles as they come of those below
         self._tree = GrowingTree(lambda tile, hashes: self._above.append((tile, split_hashes(hashes))))
 
@@ -106,8 +139,10 @@ class _Walk:
         if not await self._resume(first):
             return
         rest: list[bytes] = []
-        async for index, leaves, is_pruned in self._leaves(first):
-            self._note_pruned(index, len(leaves), is_pruned)
+        async for index, leaves, has_entries in self._leaves(first):
+            self._has_entries = self._has_entries or has_entries
+            if not has_entries:
+                self._note_missing(range(index * TILE_WIDTH, index * TILE_WIDTH + len(leaves)))
             heights = fold(leaves)
             self._require_old(index, heights)
             if len(leaves) == TILE_WIDTH:
@@ -115,6 +150,7 @@ class _Walk:
             else:
                 rest = edge_of(heights, len(leaves))
             advance(len(leaves), self._size - self._seen.start)
+        self._complain_of_missing()
         self._require_old_at_the_edge()
         if not self._seen.complaints and self._tree.root(rest) != self._seen.head.root:
             self._complain("The entries are not those of the tree that the log has signed.")
@@ -136,7 +172,7 @@ class _Walk:
         return True
 
     async def _leaves(self, first: int) -> AsyncIterator[tuple[int, Sequence[bytes], bool]]:
-        """The leaves of each tile, in order, and whether their entries are pruned; many tiles are on their way.
+        """The leaves of each tile, in order, and whether their entries are there; many tiles are on their way.
 
         Ends where one is not served as it should be.
         """
@@ -152,11 +188,10 @@ class _Walk:
                     return
                 yield done, *read
         finally:
-            for task in waiting:
-                task.cancel()
+            await cancel(waiting)
 
     async def _read_leaves(self, index: int) -> tuple[Sequence[bytes], bool] | None:
-        """The leaves of a tile's entries, or of pruned ones as the tile has them; None where they do not agree."""
+        """The leaves of a tile's entries, or of missing ones as the tile has them; None where they do not agree."""
         entries, tile = await asyncio.gather(
             self._log.read_entries(index, self._size), self._log.read_tile(TileId(0, index), self._size)
         )
@@ -164,25 +199,29 @@ class _Walk:
             self._complain(f"Tile {index} of level 0 is not served.")
             return None
         if entries is None:
-            return tile, True
+            return tile, False
         leaves = [hash_leaf(entry) for entry in entries]
         if leaves == tile:
-            return leaves, False
+            return leaves, True
         places = [place for place, (ours, theirs) in enumerate(zip(leaves, tile, strict=False)) if ours != theirs]
         leaf_index = index * TILE_WIDTH + min([*places, len(leaves), len(tile)])
         self._complain(f"The entry of leaf {leaf_index} is not that of its tile.")
         return None
 
-    def _note_pruned(self, index: int, count: int, is_pruned: bool) -> None:
-        """Only the oldest entries can be pruned: behind one that is served all are."""
-        if not is_pruned:
-            self._has_entries = True
-        elif self._has_entries:
-            self._complain(
-                f"The entries of leaves {index * TILE_WIDTH} to {index * TILE_WIDTH + count - 1} are missing."
-            )
+    def _note_missing(self, leaves: range) -> None:
+        """Retention drops the oldest entries only, and the bundle with the last of them is not served either."""
+        if not self._has_entries and leaves.start < self._pruned:
+            self._seen.pruned = leaves.stop
+        elif self._missing and self._missing[-1].stop == leaves.start:
+            self._missing[-1] = range(self._missing[-1].start, leaves.stop)
         else:
-            self._seen.pruned = index * TILE_WIDTH + count
+            self._missing.append(leaves)
+
+    def _complain_of_missing(self) -> None:
+        for leaves in self._missing:
+            is_oldest = leaves.start == max(self._seen.start, self._seen.pruned)
+            hint = " If you know that retention dropped them, say up to which leaf: --pruned." if is_oldest else ""
+            self._complain(f"The entries of leaves {leaves.start} to {leaves.stop - 1} are missing.{hint}")
 
     def _require_old(self, index: int, heights: Sequence[Sequence[bytes]]) -> None:
         old = self._old

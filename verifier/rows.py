@@ -21,9 +21,10 @@ COPY_ROWS = r"""
     COPY (
         SELECT id, event_type, actor, timestamp, recorded_at, tenant, resource, outcome, source, source_ip, trace_id,
                metadata, redacted_at, nonce, personal_hash
-        FROM audit_events WHERE id >= {start} AND id < {end} ORDER BY id, recorded_at LIMIT {limit}
+        FROM audit_events WHERE {condition} ORDER BY id, recorded_at LIMIT {limit}
     ) TO STDOUT (NULL E'\b')
 """
+BETWEEN = "id BETWEEN {first_id} AND {last_id}"
 # What the session must be set to, whatever the role or the database would have.
 SESSION = "SET timezone = 'UTC'; SET datestyle = 'ISO'; SET bytea_output = 'hex'"
 
