@@ -91,7 +91,8 @@ def test_a_stream_goes_on_behind_an_event_that_the_standby_has_not_reached(
     client, standby = replicated
     execute(standby.url("audit"), "SELECT pg_wal_replay_pause()")
     client.post("/events", json=LOGIN)
-    assert client.get("/events/stream", headers={"Last-Event-ID": "2"}).status_code == 422
+    with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "2"}) as response:
+        assert response.status_code == 422
     with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "1"}) as response:
         pieces = response.iter_raw()
         next(pieces)

@@ -294,9 +294,9 @@ def test_a_wrong_last_event_id_is_named(client: httpx.Client, value: str) -> Non
 def test_beyond_the_newest_event_a_stream_is_refused(client: httpx.Client) -> None:
     post_all(client, [LOGIN] * 3)
     with listening(client, after=3) as events:
-        response = client.get("/events/stream", headers={"Last-Event-ID": "4"})
-        assert response.status_code == 422
-        (error,) = response.json()["errors"]
+        with client.stream("GET", "/events/stream", headers={"Last-Event-ID": "4"}) as response:
+            assert response.status_code == 422
+            (error,) = json.loads(response.read())["errors"]
         assert error["location"] == "header.last-event-id"
         assert "beyond 3, the newest event" in error["message"]
         assert events.ids(0) == []
