@@ -96,7 +96,10 @@ def _read(reader: Reader, wanted: EventListing, after: Position | None) -> Seque
     """The events of the page, and one more where there is one."""
     is_bounded = can_search(wanted)
     rows = _walk(reader, wanted, after, is_bounded)
-    return _search(reader, wanted, after) if is_bounded and any(row.is_cut for row in rows) else rows
+    if not is_bounded:
+        return rows
+    is_cut = any(row.is_cut for row in rows) if _has_several_walks(wanted) else len(rows) <= wanted.limit
+    return _search(reader, wanted, after) if is_cut else rows
 
 
 def _walked_field(wanted: EventListing) -> str | None:
@@ -106,6 +109,11 @@ def _walked_field(wanted: EventListing) -> str | None:
         if patterns and not any(map(is_prefix, patterns)):
             return name
     return None if wanted.tenant is None else "tenant"
+
+
+def _has_several_walks(wanted: EventListing) -> bool:
+    name = _walked_field(wanted)
+    return name in PATTERN_FIELDS and len(getattr(wanted, name)) > 1
 
 
 def can_search(wanted: EventListing) -> bool:
@@ -118,7 +126,8 @@ def can_search(wanted: EventListing) -> bool:
 def _walk(reader: Reader, wanted: EventListing, after: Position | None, is_bounded: bool) -> Sequence[Row[Any]]:
     """The page from an index in its order; bounded, it looks at WALKED_EVENTS or little more.
 
-    Where it was cut short, a row that `is_cut` stands there and is none of the page's: what follows it has gaps.
+    Of several walks each that was cut short has a row there that `is_cut` and is none of the page's: what follows it
+    has gaps.
     """
     return reader.walk(*walk_statement(wanted, after, is_bounded, reader.seals()))
 
@@ -139,7 +148,7 @@ def walk_statement(
     if is_bounded:
         walks = 1 if walked is None else len(values[walked])
         values |= {"most": max(WALKED_EVENTS // walks, wanted.limit + 1) + 1}  # the last tells that there are more
-    return _walk_sql(_Shape(wanted.order, tuple(values), wanted)), values
+    return _walk_sql(_Shape(wanted.order, tuple(values), _has_several_walks(wanted), wanted)), values
 
 
 def _time_range(wanted: EventListing, after: Position | None) -> tuple[datetime | None, datetime | None]:
@@ -157,7 +166,16 @@ class _Shape:
 
     order: str
     parameters: tuple[str, ...]
+    has_several_walks: bool
     example: EventListing = field(compare=False)
+
+    @property
+    def is_bounded(self) -> bool:
+        return "most" in self.parameters
+
+    @property
+    def after(self) -> Position | None:
+        return _AFTER if "after_id" in self.parameters else None
 
 
 @lru_cache(maxsize=1000)
@@ -168,36 +186,35 @@ def _walk_sql(shape: _Shape) -> str:
     audit_events_tenant_timestamp_id, else audit_events_timestamp_id.
     Each value of the walked field has a walk of its own, and they are merged: one `= ANY` of all would lose the order.
     """
-    wanted, is_bounded = shape.example, "most" in shape.parameters
-    after = _AFTER if "after_id" in shape.parameters else None
+    wanted = shape.example
     name = _walked_field(wanted)
     if name is None:
-        events: FromClause = _walk_one(wanted, after, select(audit_events), (), is_bounded).subquery("event")
+        events: FromClause = _walk_one(shape, wanted, select(audit_events), ()).subquery("event")
         return str(_page(wanted, events).compile(dialect=DIALECT))
     given = func.unnest(cast(bindparam(name), ARRAY(Text))).table_valued("value").render_derived("given")
     # `= ANY` of one, and sorted by it: a plain `=` would let PostgreSQL read audit_events_timestamp_id and filter,
     # which looks at everything where the value is rarer than it thinks.
     walked = select(audit_events).where(_columns[name] == any_(array([given.c.value]))).correlate(given)
-    events = _walk_one(
-        wanted.model_copy(update={name: None if name == "tenant" else []}), after, walked, (name,), is_bounded
-    ).lateral("event")
+    others = wanted.model_copy(update={name: None if name == "tenant" else []})
+    events = _walk_one(shape, others, walked, (name,)).lateral("event")
     return str(_page(wanted, events, given).compile(dialect=DIALECT))
 
 
-def _walk_one(
-    wanted: EventListing, after: Position | None, walked: Select[Any], sorted_by: tuple[str, ...], is_bounded: bool
-) -> Select[Any]:
-    """The first events that meet all conditions; bounded, among the first of the walked ones, and then the `most`th.
+def _walk_one(shape: _Shape, wanted: EventListing, walked: Select[Any], sorted_by: tuple[str, ...]) -> Select[Any]:
+    """The first events that meet all conditions; bounded, among the first `most` of the walked ones.
 
-    That one `is_cut`, whatever it meets: the walks of other values may go on behind it, and this one does not.
+    Of several walks the `most`th event comes, too, and `is_cut`, whatever it meets: others may go on behind it, and
+    this one does not. To number the events costs as much as to walk to them, and one walk has no need of it.
     """
-    in_range = [*_beyond(wanted, after), *time_conditions(wanted)]
+    in_range = [*_beyond(wanted, shape.after), *time_conditions(wanted)]
     if in_range:
         in_range.append(recorded_condition(_columns.recorded_at))
     walked = walked.where(*in_range)
-    if not is_bounded:
+    if not shape.is_bounded:
         return _in_order(wanted, walked.where(*conditions(wanted)), _columns, sorted_by)
     looked_at = _in_order(wanted, walked, _columns, sorted_by).limit(bindparam("most")).lateral("looked_at")
+    if not shape.has_several_walks:
+        return _in_order(wanted, select(looked_at).where(*conditions(wanted, looked_at.c)), looked_at.c, sorted_by)
     number = func.row_number().over(order_by=_sort_key(wanted, looked_at.c, sorted_by))
     numbered = select(looked_at, (number == bindparam("most")).label("is_cut")).lateral("numbered")
     found = select(numbered).where(or_(numbered.c.is_cut, and_(*conditions(wanted, numbered.c))))
