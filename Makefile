@@ -9,8 +9,8 @@ PACKAGES := edge housekeeping ingest keys ledger proofs queries routes verifier
 run: $(VENV)/run.installed ## the service and its database on http://127.0.0.1:8000, until Ctrl-C
 	@$(BIN)/python cli.py run
 
-test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself
-	$(BIN)/pytest
+test: $(VENV)/dev.installed ## the whole suite, on real PostgreSQL servers that it starts itself; ARGS="-k embedded" for part of it
+	$(BIN)/pytest $(ARGS)
 
 test-faults: $(VENV)/dev.installed ## a hundred kills, freezes, cuts and full disks under load; ARGS="--rounds 5" for fewer
 	$(BIN)/pytest tests/faults -m faults -s $(ARGS)
