@@ -16,7 +16,6 @@ from sqlalchemy import Row, TextClause, text
 from db import Database
 from fields import names
 from housekeeping import partitions
-from housekeeping.adoption import find_adoption
 from ingest.records import SERVICE, own_event, record
 from problems import DatabaseUnavailable, InvalidFields
 from schemas import EventIn, RedactionIn
@@ -127,7 +126,7 @@ _ERASE_KEYS = text(
     SELECT count(*) FROM erased
     """  # nosec B608  # noqa: S608 - put together from the constants above
 )
-_ACTORS = text("SELECT DISTINCT actor FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
+_ACTORS = text("SELECT id, actor, source FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
 
 
@@ -212,11 +211,11 @@ def _check_record(database: Database, wanted: RedactionIn, by: str) -> None:
     if wanted.ids is None:
         return
     with database.transaction() as connection:
-        actors = connection.scalars(_ACTORS, {"ids": wanted.ids}).all()
-        adoption = find_adoption(connection)
-    if adoption is not None and adoption.event_id in wanted.ids:
-        raise _refusal("ids", f"event {adoption.event_id} vouches for the adopted rows, and names nobody")
-    if any(names(wanted.reason, actor) for actor in actors):
+        events = connection.execute(_ACTORS, {"ids": wanted.ids}).all()
+    for event in events:
+        if event.actor == event.source == SERVICE:
+            raise _refusal("ids", f"event {event.id} says what the service did by itself, and names nobody")
+    if any(names(wanted.reason, event.actor) for event in events):
         raise _refusal("reason", "must not name the person: it is kept for ever")
 
 

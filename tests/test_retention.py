@@ -16,13 +16,13 @@ from sqlalchemy.pool import NullPool
 from verify import assert_ledger_consistent
 
 from db import Database
-from housekeeping import holds, rounds
+from housekeeping import holds, redaction, rounds
 from housekeeping.partitions import UPKEEP_LOCK, seal_finished_months
 from housekeeping.retention import apply_retention
 from housekeeping.rounds import do_round
 from models import audit_events
-from problems import DatabaseUnavailable
-from schemas import LegalHoldIn
+from problems import DatabaseUnavailable, InvalidFields
+from schemas import LegalHoldIn, RedactionIn
 from telemetry import Metrics
 
 LOGIN = {"event_type": "LOGIN", "actor": "alice"}
@@ -410,3 +410,14 @@ def test_a_job_that_fails_keeps_no_other_from_being_done(database: Database, dat
         assert not do_round(database, settings_for(database_url), metrics, long_after)
     assert metrics.registry.get_sample_value("audit_partitions") == 5
     assert do_round(database, settings_for(database_url), metrics, long_after)
+
+
+def test_the_record_of_a_drop_is_not_redacted(database: Database) -> None:
+    """It names nobody, and the verifier knows by it that the events were not taken away."""
+    fill_log(database)
+    drop_expired(database)
+    find = "SELECT id FROM audit_events WHERE event_type = 'audit.retention.drop' LIMIT 1"
+    wanted = RedactionIn(ids=[int(str(execute(database.url, find)))], reason="Request 1")
+    with pytest.raises(InvalidFields) as refused:
+        redaction.measure(database, wanted, "root")
+    assert [error["location"] for error in refused.value.errors] == ["body.ids"]
