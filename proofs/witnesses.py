@@ -1,6 +1,5 @@
 """Witnesses: others who see the log grow, and sign that it did (c2sp.org/tlog-witness, c2sp.org/tlog-cosignature)."""
 
-import http.client
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -98,14 +97,13 @@ def send_to_witness(url: str, request: str) -> str:
         with urllib.request.urlopen(sent, timeout=_TIMEOUT_S) as answer:  # nosec B310  # noqa: S310 - as above
             return decode_note(answer.read(_MOST_BYTES))
     except (HTTPException, ValueError) as error:
-        raise WitnessRefused(f"{url} does not answer as a witness does: {error or type(error).__name__}") from None
+        said = " ".join(str(error).split()) or type(error).__name__  # one line
+        raise WitnessRefused(f"{url} does not answer as a witness does: {said}") from None
     except urllib.error.HTTPError as error:
         said = error.read(200).decode(errors="replace").strip()
         if error.code == 409:
             said = f"it has signed a checkpoint of size {said} last: name that with --old-size"
         raise WitnessRefused(f"the witness answered {error.code}: {said}") from None
-    except (http.client.HTTPException, UnicodeDecodeError) as error:
-        raise WitnessRefused(f"what the witness answered is not HTTP, or no text: {type(error).__name__}") from None
 
 
 def newest_cosigned(source: Source, origin: str) -> str | None:

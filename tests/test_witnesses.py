@@ -236,7 +236,7 @@ def test_a_witness_that_answers_nonsense_is_told_in_a_line(client: httpx.Client,
         status, _, complaint = run_cli(url, "ledger", "cosign", "--witness", vkey, "--url", prefix)
         asked.result()
     assert (status, complaint.count("\n")) == (1, 1)
-    assert "what the witness answered is not HTTP, or no text" in complaint
+    assert f"{prefix} does not answer as a witness does: " in complaint
 
 
 def _answer_once(listener: socket.socket, answer: bytes) -> None:
