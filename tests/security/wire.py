@@ -50,7 +50,7 @@ def read_answer(received: bytes, *, has_body: bool = True) -> Answer | None:
         return read_answer(rest, has_body=has_body)
     fields = _read_fields(lines)
     answer = Answer(status, fields, b"")
-    if answer.is_stream or not has_body:
+    if answer.is_stream or not has_body or status == 304:  # RFC 9112 section 6.3: it ends with its head
         return answer
     body = _read_chunks(rest) if b"transfer-encoding" in fields else _read_length(rest, fields)
     return None if body is None else Answer(status, fields, body)
