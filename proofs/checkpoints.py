@@ -10,6 +10,7 @@ the sink has. One that is there and was never committed does no harm: it is of a
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Checkpoints:
         self._sink = sink
         self._threads = CapacityLimiter(_THREADS)
         self._known: TreeHead | None = None  # the newest that this process has seen signed
+        self._seen: tuple[Checkpoint, float] | None = None  # the same with its note, and when it was looked at
         self._contradiction: str | None = None  # why nothing was signed when it was tried last
         self._objection = None if sink is None else _UNREAD  # what the sink says against signing
         self._is_sink_failing = False
@@ -83,7 +85,12 @@ class Checkpoints:
         return await to_thread.run_sync(self.newest, limiter=self._threads)
 
     async def covering(self, leaf_index: int) -> Checkpoint:
-        """The newest checkpoint, once it has this leaf: a second later at the most. Raises what newest() raises."""
+        """A checkpoint that has this leaf: the newest, or of the last second. Raises what newest() raises.
+
+        Of a new event it takes a second at the most.
+        """
+        if (seen := self._seen_lately()) is not None and leaf_index < seen.head.size:
+            return seen
         for _ in range(_MOST_WAITS):
             checkpoint = await self.current()
             if leaf_index < checkpoint.head.size:
@@ -92,6 +99,13 @@ class Checkpoints:
                 raise CheckpointNotKept()
             await asyncio.sleep(MIN_AGE.total_seconds())
         raise LedgerInconsistent(f"The event of leaf {leaf_index} is in the table, and not in the tree.")
+
+    def _seen_lately(self) -> Checkpoint | None:
+        """What was newest within the last second, while nothing speaks against it."""
+        seen = self._seen
+        if seen is None or self._contradiction or self._objection or seen[0].head is not self._known:
+            return None
+        return seen[0] if time.monotonic() - seen[1] < MIN_AGE.total_seconds() else None
 
     def newest(self) -> Checkpoint:
         """The newest checkpoint: a new one where the tree grew, and the one before is a second old.
@@ -115,7 +129,7 @@ class Checkpoints:
         except CheckpointNotKept:
             self._require_no_objection()
             return self._find_last()
-        self._known = checkpoint.head
+        self._known, self._seen = checkpoint.head, (checkpoint, time.monotonic())
         return checkpoint
 
     def _require_no_objection(self) -> None:

@@ -114,6 +114,8 @@ def read_entry(source: Source, leaf_index: int) -> bytes:
 
 
 def _read_full(source: Source, tiles: Collection[TileId]) -> Tiles:
+    if not tiles:
+        return {}
     levels, indexes = [tile.level for tile in tiles], [tile.index for tile in tiles]
     rows = source.walk(_FULL_TILES, {"levels": levels, "indexes": indexes})
     return {TileId(row.level, row.tile_index): bytes(row.hashes) for row in rows}

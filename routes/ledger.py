@@ -161,7 +161,7 @@ def get_consistency(request: Request, caller: Reading, wanted: Annotated[Consist
     responses=responses(EventNotFound) | answer(examples.PROOF),
 )
 async def get_proof(request: Request, caller: Reading, event_id: Annotated[int, Path(le=MAX_ID, ge=-MAX_ID)]) -> Any:
-    """That the event is in the tree of the newest checkpoint; of a new event it takes up to a second."""
+    """That the event is in the tree of a checkpoint of the last second; of a new event it takes up to a second."""
     reader: Reader = request.app.state.reader
     leaf_index = await run_in_threadpool(_find_leaf, reader, event_id, caller.tenant)
     checkpoints: Checkpoints = request.app.state.checkpoints
