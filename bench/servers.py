@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL
 
 import migrations
 from cluster import Cluster
-from config import ROOT
+from config import ROOT, kept_secret
 from db import embedded_binaries
 from ledger.notes import generate_signer
 
@@ -159,7 +159,10 @@ def running_service(command: list[str], database: URL, variables: Mapping[str, s
         "HOST": "127.0.0.1",
         "PORT": str(port),
         "UVICORN_PORT": str(port),
-        "LEDGER_SIGNING_KEY": generate_signer("audit.example/bench").secret_text(),
+        # The same for all runs: a log that stays knows its checkpoints by their key.
+        "LEDGER_SIGNING_KEY": kept_secret(
+            DATA_DIR / "ledger_signing_key", lambda: generate_signer("audit.example/benchmark").secret_text()
+        ),
         **(variables or {}),
     }
     with (DATA_DIR / f"{database.database}.log").open("w") as log:
