@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row, Select, and_, bindparam, case, func, literal_column, select, true, union
+from sqlalchemy import Row, Select, Text, and_, bindparam, case, cast, func, literal_column, select, true, union
 
 from fields import Interval
 from models import audit_events
@@ -124,7 +124,7 @@ def _histogram(wanted: EventFilter) -> Select[Any]:
     )
     instant: Any = literal_column("interval '1 microsecond'")
     gone_back = zoned(filled.c.start - instant) + instant - zoned(filled.c.start)
-    is_dated = and_(*(bindparam("interval") != literal_column(f"'{each}'") for each in ("hour", "minute")))
+    is_dated = and_(*(cast(bindparam("interval"), Text) != literal_column(f"'{each}'") for each in ("hour", "minute")))
     start = case(
         (is_dated, filled.c.start - func.greatest(gone_back, literal_column("interval '0'"))), else_=filled.c.start
     )
