@@ -217,8 +217,9 @@ BENCHES: Mapping[str, Callable[[Subject, int], list[Figure]]] = {
 
 
 def _pgbench_script(sql: str) -> str:
-    """Parameters as pgbench has them. It would see one in the colons of a time's format, too."""
+    """Parameters as pgbench has them. It would see one in the colons of a time's format and of JSON's null, too."""
     sql = sql.replace("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'""", """E'YYYY-MM-DD"T"HH24\\\\x3aMI\\\\x3aSS.US"Z"'""")
+    sql = re.sub(r"'([^']*):null([^']*)'", r"E'\1\\x3anull\2'", sql)
     return re.sub(r"%\((\w+)\)s", r":\1", sql).replace("%%", "%").replace("\n", " ") + ";\n"
 
 
