@@ -242,7 +242,7 @@ class _Reader:
             raise ConfigurationError(f"{name}: must be a number from 1 to {highest}")
         return int(value)
 
-    def duration(self, name: str, default: timedelta, may_be_zero: bool = False) -> timedelta:
+    def duration(self, name: str, default: timedelta, *, may_be_zero: bool = False) -> timedelta:
         value = self.text(name)
         if value is None:
             return default

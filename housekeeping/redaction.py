@@ -38,28 +38,46 @@ _IS_HELD = """
         )
     )
 """
-_COUNT = """
-    SELECT count(*) AS total, count(*) FILTER (WHERE {held}) AS held FROM audit_events AS event
-    WHERE ({subject}) AND event.redacted_at IS NULL
-"""
 _TO_BE_ERASED = f"""
     event.redacted_at IS NULL AND event.id <= :newest AND NOT {_IS_HELD}
     AND (event.timestamp, event.id) > (CAST(:after_timestamp AS timestamptz), :after_id)
 """
+
+
+def _counting(subject: str) -> TextClause:
+    return text(
+        f"""
+        SELECT count(*) AS total, count(*) FILTER (WHERE {_IS_HELD}) AS held FROM audit_events AS event
+        WHERE ({subject}) AND event.redacted_at IS NULL
+        """  # nosec B608  # noqa: S608 - put together from the constants above
+    )
+
+
+def _batch_of(found: str) -> TextClause:
+    """Searched for first, sorted then: for the order's sake PostgreSQL might walk through the whole log."""
+    return text(
+        f"""
+        WITH found AS MATERIALIZED ({found})
+        SELECT timestamp::text AS after_timestamp, id AS after_id FROM found ORDER BY found.timestamp, id LIMIT :most
+        """  # nosec B608  # noqa: S608 - put together from the constants above
+    )
+
+
+def _search(subject: str) -> str:
+    return f"SELECT event.timestamp, event.id FROM audit_events AS event WHERE {subject} AND {_TO_BE_ERASED}"  # nosec B608  # noqa: S608 - as above
+
+
 # An actor may have very many: a batch is read off the index that has its order (docs/queries.md: why not a plain `=`).
-_WALK = """
+_WALK = f"""
     SELECT event.* FROM unnest(ARRAY[CAST(:actor AS text)]) AS given (actor) CROSS JOIN LATERAL (
         SELECT event.timestamp, event.id FROM audit_events AS event
         WHERE event.actor = ANY (ARRAY[given.actor]) AND (CAST(:tenant AS text) IS NULL OR event.tenant = :tenant)
-        AND {to_be_erased} ORDER BY event.actor DESC, event.timestamp, event.id LIMIT :most
+        AND {_TO_BE_ERASED} ORDER BY event.actor DESC, event.timestamp, event.id LIMIT :most
     ) AS event
-"""
-_SEARCH = "SELECT event.timestamp, event.id FROM audit_events AS event WHERE {subject} AND {to_be_erased}"
-# Searched for first, sorted then: for the order's sake PostgreSQL might walk through the whole log.
-_BATCH = """
-    WITH found AS MATERIALIZED ({found})
-    SELECT timestamp::text AS after_timestamp, id AS after_id FROM found ORDER BY found.timestamp, id LIMIT :most
-"""
+"""  # nosec B608  # noqa: S608 - as above
+_COUNT_BY_ACTOR, _COUNT_BY_IDS = _counting(f"{_BY_ACTOR} OR {_ABOUT}"), _counting(_BY_IDS)
+_BATCHES_BY_ACTOR = (_batch_of(_WALK), _batch_of(_search(_ABOUT)))
+_BATCHES_BY_IDS = (_batch_of(_search(_BY_IDS)),)
 _NEWEST = text("SELECT max(id) FROM audit_events")  # index: audit_events_pkey of each partition
 # No statistics can then turn a walk into sorting all there is; what that costs on paper must not start the compiler.
 _WALK_ONLY = "SET LOCAL enable_sort = off; SET LOCAL jit = off"
@@ -85,46 +103,48 @@ _ERASE = text(
     SELECT count(*), min(id) AS first_id, max(id) AS last_id, now() AS redacted_at FROM erased
     """  # nosec B608  # noqa: S608 - put together from the constants above
 )
-# Released holds say of whom they were. They are few: no index.
-_ERASE_HOLDS = text(
-    """
-    WITH erased AS (
-        UPDATE legal_holds
-        SET actor = CASE WHEN actor = :actor THEN :redacted ELSE actor END,
-            resource = CASE WHEN actor = :actor THEN NULL ELSE resource END,
-            reason = CASE WHEN actor = :actor THEN :redacted ELSE reason END,
-            created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
-            released_by = CASE WHEN released_by = :actor THEN :redacted ELSE released_by END
-        WHERE released_at IS NOT NULL AND :actor IN (actor, created_by, released_by)
-        AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
-        RETURNING id
-    ), due AS (
-        INSERT INTO rewrites_due (relation, erased_by)
-        SELECT DISTINCT 'legal_holds', pg_current_xact_id()::text::bigint FROM erased
-        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+
+
+def _erasing(table: str, assignments: str, condition: str) -> TextClause:
+    """Erase an actor in a table beside the log's, which is due for a rewrite then. Such tables are small: no index."""
+    return text(
+        f"""
+        WITH erased AS (
+            UPDATE {table} SET {assignments}
+            WHERE {condition} AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+            RETURNING id
+        ), due AS (
+            INSERT INTO rewrites_due (relation, erased_by)
+            SELECT DISTINCT '{table}', pg_current_xact_id()::text::bigint FROM erased
+            ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
+        )
+        SELECT count(*) FROM erased
+        """  # nosec B608  # noqa: S608 - put together from the constants below
     )
-    SELECT count(*) FROM erased
+
+
+# Released holds say of whom they were.
+_ERASE_HOLDS = _erasing(
+    "legal_holds",
     """
+        actor = CASE WHEN actor = :actor THEN :redacted ELSE actor END,
+        resource = CASE WHEN actor = :actor THEN NULL ELSE resource END,
+        reason = CASE WHEN actor = :actor THEN :redacted ELSE reason END,
+        created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
+        released_by = CASE WHEN released_by = :actor THEN :redacted ELSE released_by END
+    """,
+    "released_at IS NOT NULL AND :actor IN (actor, created_by, released_by)",
 )
-# A key's name says who uses it, for as long as it works; who made and revoked it is history. Few, too: no index.
+# A key's name says who uses it, for as long as it works; who made and revoked it is history.
 _WORKS_NO_MORE = "(revoked_at IS NOT NULL OR expires_at <= now())"
-_ERASE_KEYS = text(
+_ERASE_KEYS = _erasing(
+    "api_keys",
     f"""
-    WITH erased AS (
-        UPDATE api_keys
-        SET name = CASE WHEN name = :actor AND {_WORKS_NO_MORE} THEN :redacted ELSE name END,
-            created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
-            revoked_by = CASE WHEN revoked_by = :actor THEN :redacted ELSE revoked_by END
-        WHERE (:actor IN (created_by, revoked_by) OR name = :actor AND {_WORKS_NO_MORE})
-        AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
-        RETURNING id
-    ), due AS (
-        INSERT INTO rewrites_due (relation, erased_by)
-        SELECT DISTINCT 'api_keys', pg_current_xact_id()::text::bigint FROM erased
-        ON CONFLICT (relation) DO UPDATE SET erased_by = excluded.erased_by
-    )
-    SELECT count(*) FROM erased
-    """  # nosec B608  # noqa: S608 - put together from the constants above
+        name = CASE WHEN name = :actor AND {_WORKS_NO_MORE} THEN :redacted ELSE name END,
+        created_by = CASE WHEN created_by = :actor THEN :redacted ELSE created_by END,
+        revoked_by = CASE WHEN revoked_by = :actor THEN :redacted ELSE revoked_by END
+    """,
+    f"(:actor IN (created_by, revoked_by) OR name = :actor AND {_WORKS_NO_MORE})",
 )
 _ACTORS = text("SELECT id, actor, source FROM audit_events WHERE id = ANY (:ids)")  # index: audit_events_pkey
 _RUNAWAY = "SET LOCAL statement_timeout = '5min'"  # an actor may have very many events
@@ -143,10 +163,8 @@ def measure(database: Database, wanted: RedactionIn, by: str) -> Extent:
     _check_record(database, wanted, by)
     with database.transaction() as connection:
         connection.exec_driver_sql(_RUNAWAY)
-        statement = _COUNT.format(
-            held=_IS_HELD, subject=_BY_IDS if wanted.actor is None else f"{_BY_ACTOR} OR {_ABOUT}"
-        )
-        total, held = connection.execute(text(statement), _values(wanted)).one()
+        statement = _COUNT_BY_IDS if wanted.actor is None else _COUNT_BY_ACTOR
+        total, held = connection.execute(statement, _values(wanted)).one()
     return Extent(total - held, held)
 
 
@@ -183,9 +201,7 @@ def find_batches(database: Database, wanted: RedactionIn) -> Iterator[Sequence[i
     """
     with database.transaction() as connection:
         values = {**_values(wanted), "newest": connection.scalar(_NEWEST), "most": BATCH_EVENTS}
-    searched = _SEARCH.replace("{subject}", _BY_IDS if wanted.actor is None else _ABOUT)
-    for found in [searched] if wanted.actor is None else [_WALK, searched]:
-        statement = text(_BATCH.format(found=found.format(to_be_erased=_TO_BE_ERASED)))
+    for statement in _BATCHES_BY_IDS if wanted.actor is None else _BATCHES_BY_ACTOR:
         position = {"after_timestamp": "-infinity", "after_id": 0}
         while rows := _read(database, statement, {**values, **position}):
             yield [row.after_id for row in rows]

@@ -82,19 +82,19 @@ def prepare_event(event: EventIn, now: datetime, trace_id: str | None = None) ->
     nonce = secrets.token_bytes(entries.NONCE_BYTES)
     row["personal_hash"] = entries.hash_personal_part(nonce, entries.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
-    if request_hash is None:
-        text = orjson.dumps(row)
-        return Prepared(text, timestamp, None, None, _weigh(text))
-    row["idempotency_key"] = key
-    row["request_hash"] = request_hash.hex()
+    if request_hash is not None:
+        row["idempotency_key"] = key
+        row["request_hash"] = request_hash.hex()
     text = orjson.dumps(row)
-    return Prepared(text, timestamp, (event.tenant or "", str(key)), request_hash, _weigh(text))
+    return Prepared(
+        text, timestamp, None if key is None else (event.tenant or "", str(key)), request_hash, _weigh(text)
+    )
 
 
 def _weigh(row: bytes) -> int:
     """Its bytes, and 50 more for each comma, for each value in metadata is an entry of an index.
 
-    1 MiB of it takes PostgreSQL 10 to 50 ms, from 60,000 letters in one event to 6,000 numbers in each.
+    1 MiB of it takes PostgreSQL 30 to 70 ms, from 60,000 letters in one event to 6,000 numbers in each.
     """
     return len(row) + 50 * row.count(b",")
 

@@ -52,6 +52,14 @@ class Checkpoint:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The newest checkpoint that this process has seen signed, and when, by time.monotonic()."""
+
+    checkpoint: Checkpoint
+    looked_at: float
+
+
 class Checkpoints:
     """The checkpoints of one log, which has the name of the signer's key."""
 
@@ -60,8 +68,7 @@ class Checkpoints:
         self._signer = signer
         self._sink = sink
         self._threads = CapacityLimiter(_THREADS)
-        self._known: TreeHead | None = None  # the newest that this process has seen signed
-        self._seen: tuple[Checkpoint, float] | None = None  # the same with its note, and when it was looked at
+        self._known: _Known | None = None
         self._contradiction: str | None = None  # why nothing was signed when it was tried last
         self._objection = None if sink is None else _UNREAD  # what the sink says against signing
         self._is_sink_failing = False
@@ -102,10 +109,10 @@ class Checkpoints:
 
     def _seen_lately(self) -> Checkpoint | None:
         """What was newest within the last second, while nothing speaks against it."""
-        seen = self._seen
-        if seen is None or self._contradiction or self._objection or seen[0].head is not self._known:
+        known = self._known
+        if known is None or self._contradiction or self._objection:
             return None
-        return seen[0] if time.monotonic() - seen[1] < MIN_AGE.total_seconds() else None
+        return known.checkpoint if time.monotonic() - known.looked_at < MIN_AGE.total_seconds() else None
 
     def newest(self) -> Checkpoint:
         """The newest checkpoint: a new one where the tree grew, and the one before is a second old.
@@ -129,7 +136,7 @@ class Checkpoints:
         except CheckpointNotKept:
             self._require_no_objection()
             return self._find_last()
-        self._known, self._seen = checkpoint.head, (checkpoint, time.monotonic())
+        self._known = _Known(checkpoint, time.monotonic())
         return checkpoint
 
     def _require_no_objection(self) -> None:
@@ -252,8 +259,10 @@ def _open(note: str, verifier: Verifier) -> Checkpoint:
         raise LedgerInconsistent(f"A checkpoint that was kept is not one of this key's: {error}.") from None
 
 
-def _require_known(known: TreeHead | None, last: Checkpoint | None) -> None:
+def _require_known(known: _Known | None, last: Checkpoint | None) -> None:
     """Whoever signed after this process has proved that its tree begins with the one known here."""
-    if known is None or (last is not None and (last.head.size > known.size or last.head == known)):
+    if known is None:
         return
-    raise LedgerInconsistent(f"The checkpoint of size {known.size}, which was signed, is gone from the database.")
+    head = known.checkpoint.head
+    if last is None or (last.head.size <= head.size and last.head != head):
+        raise LedgerInconsistent(f"The checkpoint of size {head.size}, which was signed, is gone from the database.")

@@ -104,13 +104,13 @@ def read_bundle(source: Source, index: int, width: int = TILE_WIDTH) -> bytes:
 
     Pruned is what lies below the first event that is kept, rounded up to whole bundles.
     """
-    entries = _read_rows(source, _ENTRIES, index * TILE_WIDTH, width)
+    entries = _read_rows(source, _ENTRIES, read_first_id(source) + index * TILE_WIDTH, width)
     return b"".join(len(entry).to_bytes(2) + entry for entry in entries)
 
 
-def read_entry(source: Source, leaf_index: int) -> bytes:
-    """The entry of one leaf; raises TileNotFound."""
-    return _read_rows(source, _ENTRIES, leaf_index, 1)[0]
+def read_entry(source: Source, event_id: int) -> bytes:
+    """The entry of one event; raises TileNotFound."""
+    return _read_rows(source, _ENTRIES, event_id, 1)[0]
 
 
 def _read_full(source: Source, tiles: Collection[TileId]) -> Tiles:
@@ -124,13 +124,13 @@ def _read_full(source: Source, tiles: Collection[TileId]) -> Tiles:
 def _read_partial(source: Source, tile: TileId, width: int) -> bytes:
     start = tile.index * TILE_WIDTH
     if tile.level == 0:
-        return b"".join(_read_rows(source, _LEAVES, start, width))
+        return b"".join(_read_rows(source, _LEAVES, read_first_id(source) + start, width))
     rows = source.walk(_ROOTS, {"level": tile.level - 1, "start": start, "end": start + width})
     return b"".join(_require(rows, width))
 
 
-def _read_rows(source: Source, sql: str, leaf_index: int, count: int) -> list[bytes]:
-    start = read_first_id(source) + leaf_index
+def _read_rows(source: Source, sql: str, start: int, count: int) -> list[bytes]:
+    """What the SQL makes of so many events, from the one with the id `start` on; raises TileNotFound."""
     end = start + count
     recorded = recorded_values(source.seals(), lambda seal: seal.first_id < end and start <= seal.last_id)
     return _require(source.walk(sql, {"start": start, "end": end, **recorded}), count)

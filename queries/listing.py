@@ -39,7 +39,7 @@ from schemas import EventFilter, EventListing
 
 WALKED_EVENTS = 5_000  # takes 2 ms; of several walks 4, for they are numbered
 DENSE_EVENTS = 20_000  # found in one stretch: sorting more takes longer than looking at less
-FETCHED_EVENTS = 250  # at a time, for what is fetched is held whole: some 24 MB, were each as large as it can be
+FETCHED_EVENTS = 250  # at a time, for what is fetched is held whole: see pages.FETCH_ROWS
 PAGE_LENGTH = 4 * 1024 * 1024  # characters of JSON with which a page ends
 _FIRST_STRETCH = timedelta(days=30)
 _SHORTEST_STRETCH = timedelta(minutes=1)

@@ -19,7 +19,7 @@ from queries.reader import Reader
 from schemas import EventFilter
 
 PAGE_BYTES = 4 * 1024 * 1024  # what a page of an export aims at; it ends at twice as much
-FETCH_ROWS = 250  # 16 MiB, were every event as large as an event can be
+FETCH_ROWS = 250  # some 24 MB, were every event as large as jsonb can print one
 MAX_WINDOW = 1_000_000  # ids that one page looks through, where it is not known how few events have them
 AHEAD_EVENTS = 10_000  # of which an empty page finds out what ids they have
 READ_AHEAD = 3  # pages of one export that are read at the same time

@@ -5,8 +5,6 @@ from typing import Any
 
 from schemas import EVENT_EXAMPLE, PUBLIC_FIELDS
 
-JSON = "application/json"
-
 _NONCE = "d4735e3a265e16eee03f59718b9b5d03"
 _PERSONAL_HASH = "48cc487fb3f13bd47476f46c582c52f7d08ef263ee83e18eb8690557312341b1"
 _RECORDED_AT = "2026-11-24T09:30:00.012345Z"
@@ -97,6 +95,6 @@ READY = {"status": "ready", "revision": "0009"}
 METRICS = "audit_events_recorded_total 2.0\n"
 
 
-def answer(example: Any, status: int = 200, media_type: str = JSON) -> dict[int | str, dict[str, Any]]:
+def answer(example: Any, status: int = 200, media_type: str = "application/json") -> dict[int | str, dict[str, Any]]:
     """A route's `responses`: what it answers where all is well."""
     return {status: {"content": {media_type: {"example": example}}}}

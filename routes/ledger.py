@@ -167,7 +167,7 @@ async def get_proof(request: Request, caller: Reading, event_id: Annotated[int, 
     checkpoints: Checkpoints = request.app.state.checkpoints
     checkpoint = await checkpoints.covering(leaf_index)
     size = checkpoint.head.size
-    entry, path = await run_in_threadpool(_prove, reader, leaf_index, size)
+    entry, path = await run_in_threadpool(_prove, reader, event_id, leaf_index, size)
     reads: ReadLog = request.app.state.reads
     reads.record(caller, "proof", None, 1, id=event_id)
     return InclusionProof(
@@ -189,9 +189,9 @@ def _find_leaf(reader: Reader, event_id: int, tenant: str | None) -> int:
     return leaf_index
 
 
-def _prove(reader: Reader, leaf_index: int, size: int) -> tuple[bytes, Sequence[bytes]]:
+def _prove(reader: Reader, event_id: int, leaf_index: int, size: int) -> tuple[bytes, Sequence[bytes]]:
     try:
-        return tiles.read_entry(reader, leaf_index), prove_inclusion(reader, leaf_index, size)
+        return tiles.read_entry(reader, event_id), prove_inclusion(reader, leaf_index, size)
     except TileNotFound:
         raise Unavailable("The replica for reads does not have the newest checkpoint's tree yet.") from None
 

@@ -281,8 +281,8 @@ LONG = {**LOGIN, "metadata": {"text": "x" * 60_000}}
     ("batches", "lengths"),
     [
         ([[LOGIN] * 900] * 5, [1_800, 1_800, 900]),
-        ([[RICH]] * 30, [24, 6]),
-        ([[LONG]] * 30, [26, 4]),
+        ([[RICH]] * 30, [16, 14]),
+        ([[LONG]] * 30, [17, 13]),
         ([[LOGIN], [RICH] * 100, [LOGIN]], [1, 100, 1]),
     ],
     ids=["by count", "by members", "by bytes", "one that is too large goes alone"],

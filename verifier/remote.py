@@ -42,18 +42,16 @@ class _Log:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def read(self, path: str) -> bytes | None:
-        return await read_resource(self._client, path)
-
     async def read_tile(self, tile: TileId, size: int) -> list[bytes] | None:
         """A tile's hashes, as many as a tree of this size has in it; None where they are not served as such."""
         width = tile_width(tile, size)
-        hashes = split_hashes(await self.read(f"tile/{tile.level}/{_path(tile.index, width)}") or b"")
+        served = await read_resource(self._client, f"tile/{tile.level}/{_path(tile.index, width)}")
+        hashes = split_hashes(served or b"")
         return hashes if len(hashes) == width and len(hashes[-1]) == len(hashes[0]) else None
 
     async def read_entries(self, index: int, size: int) -> list[bytes] | None:
         width = tile_width(TileId(0, index), size)
-        bundle = await self.read(f"tile/entries/{_path(index, width)}")
+        bundle = await read_resource(self._client, f"tile/entries/{_path(index, width)}")
         return None if bundle is None else _split_entries(bundle)
 
 
@@ -73,13 +71,14 @@ async def verify_remote(
     Raises RemoteError, and NoteError where the checkpoint is not one of this key's.
     """
     async with open_client(f"{url.rstrip('/')}/ledger/", api_key, _AT_ONCE) as client:
-        log = _Log(client)
-        note = decode_note(await log.read("checkpoint") or b"")
+        note = decode_note(await read_resource(client, "checkpoint") or b"")
         seen = Seen(open_checkpoint(note, key)[0], note)
         if old is not None and old.size > seen.head.size:
             seen.complaints.append(f"You have a checkpoint of {old.size} events, and the log has {seen.head.size}.")
         else:
-            await _Walk(log, seen, old, pruned).go(0 if old is None or is_whole else old.size // TILE_WIDTH, advance)
+            await _Walk(_Log(client), seen, old, pruned).go(
+                0 if old is None or is_whole else old.size // TILE_WIDTH, advance
+            )
     return seen
 
 
@@ -96,7 +95,7 @@ def open_client(url: str, api_key: str, at_once: int) -> httpx.AsyncClient:
 
 async def read_resource(client: httpx.AsyncClient, path: str) -> bytes | None:
     """The resource, decompressed; None where the server does not have it. Raises RemoteError."""
-    body = b""
+    body = bytearray()
     try:
         async with client.stream("GET", path) as answer:
             async for piece in answer.aiter_bytes():
@@ -109,7 +108,7 @@ async def read_resource(client: httpx.AsyncClient, path: str) -> bytes | None:
         # On a terminal it must not say more than it does.
         said = "".join(filter(str.isprintable, body[:200].decode(errors="replace")))
         raise RemoteError(f"{answer.url}: {answer.status_code} {said}")
-    return body if answer.status_code == 200 else None
+    return bytes(body) if answer.status_code == 200 else None
 
 
 async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
