@@ -331,6 +331,7 @@ def _banner(settings: Settings, api_key: str) -> str:
     return f"""
   Audit service on {url}    API docs: {url}/docs
   API key: {api_key}
+  The log's public key, for whoever verifies: {signer_in_force(settings).verifier}
 
   curl -X POST {url}/events -H 'X-API-Key: {api_key}' -H 'Content-Type: application/json' \\
        -d '{{"event_type": "LOGIN", "actor": "alice"}}'

@@ -39,8 +39,8 @@ logger = logging.getLogger("audit.ingest")
 
 MAX_QUEUED_EVENTS = 20_000
 MAX_HELD_BYTES = 32 * 1024 * 1024  # of bodies, from their first byte to their answer; parsed they take six times that
-# Keep the head's lock for some 30 to 70 ms, and of 300 flushes of five kinds of events for 93 at the most. A larger batch
-# goes alone.
+# Keep the head's lock for some 30 to 70 ms; of 300 flushes, of five kinds of events, the longest took 93. A larger
+# batch goes alone.
 MAX_FLUSH_EVENTS = 2_000
 MAX_FLUSH_WEIGHT = 1024 * 1024
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import copy_of_the_project, eventually, free_port
+from conftest import SIGNER, copy_of_the_project, eventually, free_port
 
 NOBODY = 65534
 
@@ -77,6 +77,7 @@ def test_make_run_from_an_empty_directory(tmp_path: Path, user: int | None) -> N
         assert (event["id"], event["event_type"], event["actor"]) == (1, "LOGIN", "alice")
         key = re.findall(r"API key: (\S+)", output)
         assert key == [(folder / ".data" / "api_key").read_text().strip()]
+        assert re.findall(r"public key, for whoever verifies: (\S+)", output) == [str(SIGNER.verifier)]
     assert not (folder / ".data" / "postgres" / "postmaster.pid").exists(), "the database is still running"
 
     with make_run(folder, user) as (curl, output):
