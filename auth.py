@@ -72,6 +72,11 @@ class Authenticator:
 
         Waits for nothing where the key is remembered, and takes the same time for every wrong secret.
         """
+        known = self.recall(presented)
+        return await self._look_up(known) if isinstance(known, Token) else known
+
+    def recall(self, presented: str | None) -> Key | Token:
+        """The same without waiting: where the database must be asked, the token that is to be looked up."""
         if presented is None:
             raise Unauthorized()
         if hmac.compare_digest(_digest(presented), self._digest):
@@ -80,7 +85,10 @@ class Authenticator:
         if token is None:
             raise Unauthorized(_NOT_VALID)
         remembered = self._memory.recall(token.id)
-        return self._accept(token, remembered.row if remembered else await self._memory.look_up(token.id))
+        return token if remembered is None else self._accept(token, remembered.row)
+
+    async def _look_up(self, token: Token) -> Key:
+        return self._accept(token, await self._memory.look_up(token.id))
 
     async def cut_when_refused(self, presented: str | None, cut: Callable[[], None]) -> None:
         """Look again at the key of an answer without end, now and then, and cut it once the key is refused."""
@@ -164,9 +172,24 @@ async def admit(scope: Any, headers: Mapping[bytes, bytes]) -> Key:
         if presented is not None:
             limits.record_failure(address)
         raise
-    scope["state"]["caller"] = key
+    return _admitted(scope, key)
+
+
+def admit_at_once(scope: Any, headers: Mapping[bytes, bytes]) -> Key | None:
+    """The same without waiting: None where the database must be asked, or a proxy tells the caller's address."""
+    state = scope["app"].state
+    limits: Limits = state.limits
+    if state.settings.trusted_proxies and limits.has_failures():
+        return None
+    limits.refuse_after_failures(scope["client"][0] if scope["client"] else None)
+    key: Key | Token = state.authenticator.recall(presented_key(headers))
+    return None if isinstance(key, Token) else _admitted(scope, key)
+
+
+def _admitted(scope: Any, key: Key) -> Key:
     scope["state"]["key_name"] = key.name
-    scope["state"]["rate_fields"] = limits.spend(key.id)
+    scope["state"]["rate_fields"] = scope["app"].state.limits.spend(key.id)
+    scope["state"]["caller"] = key
     return key
 
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
 from config import ConfigurationError, Settings
-from edge.connections import BoundedProtocol
+from edge.direct import DirectProtocol
 from main import create_app
 from telemetry import count_under_one_process_id
 
@@ -106,7 +106,7 @@ class _Server(uvicorn.Server):
             print(self._banner, flush=True)
 
 
-class OneWriteProtocol(BoundedProtocol):
+class OneWriteProtocol(DirectProtocol):
     """uvicorn's protocol, which writes head and body apart; here both leave at the end of the loop's turn.
 
     The second system call, and the client's second wake-up, cost an eighth of the rate of POST /events.

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import problems
 from config import Settings
-from edge.headers import headers_for
+from edge.headers import Headers, headers_for
 
 logger = logging.getLogger("audit.access")
 
@@ -129,33 +129,43 @@ class Telemetry:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.perf_counter()
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        started = self.begin(scope)
         status: int | None = None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = ((b"x-request-id", request_id.encode()), *headers_for(scope["path"], status or 0))
-                message["headers"] = [*message["headers"], *added, *scope["state"].get("rate_fields", ())]
+                message["headers"] = [*message["headers"], *self.fields(scope, message["status"])]
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:
             logging.getLogger("audit.errors").exception(
-                "unhandled exception", extra={"fields": {"request_id": request_id}}
+                "unhandled exception", extra={"fields": {"request_id": scope["state"]["request_id"]}}
             )
             if status is not None:
                 raise  # the answer is under way; the server must cut the connection
             response = problems.respond(Request(scope), problems.InternalError())
             await response(scope, receive, send_with_headers)
         finally:
-            self._record(scope, status, time.perf_counter() - started)
+            self.record(scope, status, started)
 
-    def _record(self, scope: Scope, status: int | None, seconds: float) -> None:
+    def begin(self, scope: Scope) -> float:
+        """Give the request its id; the moment, for record()."""
+        scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        return time.perf_counter()
+
+    def fields(self, scope: Scope, status: int) -> Headers:
+        """The headers that each answer carries beside its own."""
+        state = scope["state"]
+        request_id = (b"x-request-id", state["request_id"].encode())
+        return (request_id, *headers_for(scope["path"], status), *state.get("rate_fields", ()))
+
+    def record(self, scope: Scope, status: int | None, started: float) -> None:
+        """Count the request, and log it; no status means that nobody was there to take the answer."""
+        seconds = time.perf_counter() - started
         state = scope["state"]
         route = state.get("route") or getattr(scope.get("route"), "path", "unmatched")
         # A client must not invent label values.

@@ -10,7 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from edge.headers import DATA_HEADERS
+from edge.headers import DATA_HEADERS, Headers
 from problems import BadRequest, HeadTooLarge, Problem, RequestTimeout, document
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and fields together; or else what comes without any of the body
@@ -22,6 +22,7 @@ SWEEP_S = 1
 
 # Trailers: the app has the scope already, and RFC 9110 section 6.5.1 has none merged whose definition is not known.
 _DROPPED: Any = deque(maxlen=0)
+_CLOSE = b"connection: close\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -53,8 +54,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = HeadTooLarge()
             raise self._refusal
         self._head_bytes = 0
-        super().on_headers_complete()
+        self.start_request()
         self.headers = _DROPPED
+
+    def start_request(self) -> None:
+        """The head is complete and within its bounds."""
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -126,6 +131,11 @@ def _sweep(server_state: Any, loop: Any) -> None:
 
 def _answer(problem: Problem) -> bytes:
     body = json.dumps(document(problem, None)).encode()
-    head = [STATUS_LINE[problem.status], b"content-type: application/problem+json\r\nconnection: close\r\n"]
-    head += [name + b": " + value + b"\r\n" for name, value in DATA_HEADERS]
-    return b"".join([*head, b"content-length: %d\r\n\r\n" % len(body), body])
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body)), *DATA_HEADERS]
+    return answer_bytes(problem.status, headers, body, is_last=True)
+
+
+def answer_bytes(status: int, headers: Headers, body: bytes, *, is_last: bool) -> bytes:
+    """An answer as it goes over the wire; the last one says that the connection ends with it."""
+    fields = b"".join([b"%b: %b\r\n" % field for field in headers])
+    return b"%b%b%b\r\n%b" % (STATUS_LINE[status], fields, _CLOSE if is_last else b"", body)

@@ -64,6 +64,13 @@ class Limits:
         if bucket is not None and bucket.fill(FAILURES, self._clock()) < 1:
             raise TooManyFailures()
 
+    def has_failures(self) -> bool:
+        """Whether any address was wrong of late."""
+        latest = self._clock() - FAILURES.seconds
+        while self._addresses and next(iter(self._addresses.values())).filled_at < latest:  # full again
+            self._addresses.popitem(last=False)
+        return bool(self._addresses)
+
     def record_failure(self, address: str | None) -> None:
         """The address presented a key that is not valid."""
         if address is None:

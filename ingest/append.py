@@ -4,7 +4,8 @@ The statement calls append_events(), which locks the head, gives the next ids, s
 nobody holds the lock while this process thinks, and recorded_at, ids and keys are decided under it.
 """
 
-import secrets
+import os
+from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,10 +20,12 @@ from ledger import entries
 from problems import IdempotencyConflict
 from schemas import EventIn
 
-# Function: alembic/versions/0005_append_events.py, which says what goes in and what comes out.
+# The function: alembic/versions/0010_lighter_flush.py; what goes in and what comes out: 0005_append_events.py.
 _APPEND_EVENTS = (
     "SELECT recorded_at, next_id, ids, replayed, conflicting FROM append_events(%s, %s::integer[], %s::bigint)"
 )
+
+_NONCES_DRAWN = 256  # at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def prepare_event(event: EventIn, now: datetime, trace_id: str | None = None) ->
     row["timestamp"] = timestamp
     if trace_id is not None:
         row.setdefault("trace_id", trace_id)
-    nonce = secrets.token_bytes(entries.NONCE_BYTES)
+    nonce = _draw_nonce()
     row["personal_hash"] = entries.hash_personal_part(nonce, entries.personal_part(row)).hex()
     row["nonce"] = nonce.hex()
     if request_hash is not None:
@@ -89,6 +92,24 @@ def prepare_event(event: EventIn, now: datetime, trace_id: str | None = None) ->
     return Prepared(
         text, timestamp, None if key is None else (event.tenant or "", str(key)), request_hash, _weigh(text)
     )
+
+
+_nonces: deque[bytes] = deque()
+os.register_at_fork(after_in_child=_nonces.clear)
+
+
+def _draw_nonce() -> bytes:
+    """Random bytes of the kernel, never the same twice; any thread may call it.
+
+    Drawn for many events at once: the system call lets go of the interpreter's lock, which the writer's thread then
+    takes, so that one for each event cost 6 of 100 µs.
+    """
+    while True:
+        try:
+            return _nonces.popleft()
+        except IndexError:
+            drawn = os.urandom(entries.NONCE_BYTES * _NONCES_DRAWN)
+            _nonces.extend(drawn[at : at + entries.NONCE_BYTES] for at in range(0, len(drawn), entries.NONCE_BYTES))
 
 
 def _weigh(row: bytes) -> int:

@@ -13,9 +13,10 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Self
 
 import psycopg2
@@ -48,9 +49,9 @@ MAX_FLUSH_WEIGHT = 1024 * 1024
 _RESOLVE_S = 5.0
 _RESOLVE_INTERVAL_S = 0.1
 # Clients that were just answered send their next event at once: a flush waits for as many as the last one had, so
-# that it does not begin with the first of them and leave the rest behind.
-_LINGER_STEP_S = 0.0003
-_LINGER_STEPS = 4
+# that it does not begin with the first of them and leave the rest behind. It waits for no longer than half of what
+# that one took, and never for longer than this.
+_MAX_LINGER_S = 0.005
 
 # After a pause the connection is tried before a flush is entrusted to it, and the log's end is read anew.
 _IDLE_S = 1.0
@@ -71,24 +72,28 @@ _END_BACKEND = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE
 _END_BACKEND_MS = 2_000
 
 
+Settle = Callable[[Appended | Problem], None]
+
+
 @dataclass(slots=True)
 class _Waiting:
-    """A submission and who waits for it."""
+    """A submission and who is told what became of it."""
 
     submission: Submission
-    answer: "asyncio.Future[Appended]"
+    settle: Settle
 
 
 class Room:
     """A context: called in it with the size of what is about to be held, raises QueueFull where that is too much."""
 
-    __slots__ = ("_charged", "_held", "_key_id", "_writer")
+    __slots__ = ("_charged", "_held", "_is_kept", "_key_id", "_writer")
 
     def __init__(self, writer: "Writer", key_id: str) -> None:
         self._writer = writer
         self._key_id = key_id
         self._held = 0
         self._charged = 0
+        self._is_kept = False
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +115,15 @@ class Room:
         self._charged += size_bytes
 
     def __exit__(self, *_: object) -> None:
+        if not self._is_kept:
+            self.release()
+
+    def keep(self) -> None:
+        """Leaving the context releases nothing: release() will."""
+        self._is_kept = True
+
+    def release(self) -> None:
+        """Nothing is held any more."""
         self._writer.held_bytes -= self._held
         if self._charged:
             charged = self._writer.charged_bytes.pop(self._key_id) - self._charged
@@ -128,7 +142,8 @@ class Writer:
         self._queued_events = 0
         self.held_bytes = 0
         self.charged_bytes: dict[str, int] = {}  # of those, by key
-        self._wake = threading.Event()
+        self._wake = threading.Event()  # set where the thread has something to do
+        self._enough = 1  # submissions in the queue, for it to be woken
         self._stopping = False
         self._connection: Connection | None = None
         self._backend: tuple[int, datetime] | None = None  # the server's process at the other end
@@ -144,22 +159,26 @@ class Writer:
     async def append(self, events: Sequence[Prepared]) -> Appended:
         """Append the events, all or none; return when they are committed.
 
-        Raises QueueFull and ShuttingDown at once; IdempotencyConflict, DatabaseUnavailable, SchemaNotReady,
-        InternalError (nothing stored) or OutcomeUnknown later.
+        Raises what submit() raises, and the problems that it settles with.
+        """
+        answer: asyncio.Future[Appended] = self._loop.create_future()
+        self.submit(events, partial(_settle_future, answer))
+        return await answer
+
+    def submit(self, events: Sequence[Prepared], settle: Settle) -> None:
+        """Take the events; settle() is called on the event loop once they are committed, all of them, or none is.
+
+        Raises QueueFull, ShuttingDown and IdempotencyConflict at once. Settles with IdempotencyConflict,
+        DatabaseUnavailable, SchemaNotReady, InternalError (nothing stored) or OutcomeUnknown.
         """
         if self._stopping:
             raise ShuttingDown()
         if self._queued_events and self._queued_events + len(events) > MAX_QUEUED_EVENTS:
             raise QueueFull()
-        waiting = _Waiting(submission_of(events), self._loop.create_future())
+        self._queue.append(_Waiting(submission_of(events), settle))
         self._queued_events += len(events)
-        self._queue.append(waiting)
-        if not self._wake.is_set():
+        if len(self._queue) >= self._enough and not self._wake.is_set():
             self._wake.set()
-        try:
-            return await waiting.answer
-        finally:
-            self._queued_events -= len(events)
 
     async def stop(self) -> None:
         """Refuse what comes from now on, finish what was accepted, and close the connection."""
@@ -169,23 +188,33 @@ class Writer:
 
     def _run(self) -> None:
         piece: list[_Waiting] = []
+        took_s = 0.0
         while True:
-            self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                self._linger(len(piece))
-                piece = self._take_piece()
-                self._loop.call_soon_threadsafe(_answer, piece, self._settle(piece))
-            if self._stopping and not self._queue:
+            self._await_submissions(1, None)
+            self._await_submissions(len(piece), min(took_s / 2, _MAX_LINGER_S))
+            if not self._queue:
                 self._disconnect()
                 return
+            piece = self._take_piece()
+            started = time.monotonic()
+            self._loop.call_soon_threadsafe(self._tell, piece, self._settle(piece))
+            took_s = time.monotonic() - started
 
-    def _linger(self, expected: int) -> None:
-        """Wait, for some 1 ms at most, until as many submissions wait."""
-        for _ in range(_LINGER_STEPS):
-            if len(self._queue) >= expected or self._stopping:
-                return
-            time.sleep(_LINGER_STEP_S)
+    def _await_submissions(self, enough: int, timeout_s: float | None) -> None:
+        """Return when so many are in the queue, when the time is over, or at once when told to stop."""
+        self._wake.clear()
+        self._enough = enough
+        if len(self._queue) < enough and not self._stopping:  # what comes after this look wakes us
+            self._wake.wait(timeout_s)
+
+    def _tell(self, piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> None:
+        """On the event loop: what became of each submission. One who fails to hear it must not keep it from others."""
+        for waiting, result in zip(piece, results, strict=True):
+            self._queued_events -= len(waiting.submission.places)
+            try:
+                waiting.settle(_as_settled(result))
+            except Exception:
+                logger.exception("an answer could not be given")
 
     def _take_piece(self) -> list[_Waiting]:
         """The oldest submissions, as many as one flush should hold; at least one, whatever its size.
@@ -343,14 +372,16 @@ def _lacks_partition(error: psycopg2.Error) -> bool:
     return refused and "no partition of relation" in (error.diag.message_primary or "")
 
 
-def _answer(piece: Sequence[_Waiting], results: Sequence[Outcome | Problem]) -> None:
-    """On the event loop: wake each request with its result. One whose client went away has nobody to wake."""
-    for waiting, result in zip(piece, results, strict=True):
-        if waiting.answer.done():
-            continue
-        if isinstance(result, Problem):
-            waiting.answer.set_exception(copy.copy(result))  # each request raises one of its own
-        elif isinstance(result, KeyConflict):
-            waiting.answer.set_exception(conflict_at(result.index))
-        else:
-            waiting.answer.set_result(result)
+def _as_settled(result: Outcome | Problem) -> Appended | Problem:
+    if isinstance(result, Problem):
+        return copy.copy(result)  # each request raises one of its own
+    return conflict_at(result.index) if isinstance(result, KeyConflict) else result
+
+
+def _settle_future(answer: "asyncio.Future[Appended]", result: Appended | Problem) -> None:
+    if answer.done():  # its client went away
+        return
+    if isinstance(result, Problem):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)

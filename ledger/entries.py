@@ -2,7 +2,7 @@
 
 Pure functions, no I/O. An event's personal part stands in its entry only as a salted hash, so entries,
 tiles and proofs hold no personal data. The entry, the leaf and the tree are made where the id is known: in
-append_events(), alembic/versions/0005_append_events.py.
+append_events(): alembic/versions/0005_append_events.py and 0010_lighter_flush.py.
 """
 
 import hashlib

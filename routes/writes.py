@@ -5,6 +5,7 @@ Every format ends in one list of events, which is appended whole. routes/events.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -74,45 +75,80 @@ class Writes:
         except Problem as problem:
             await problems.respond_to(Request(scope), problem)(scope, receive, send)
             return
-        answer_headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": answer_headers})
+        await send({"type": "http.response.start", "status": status, "headers": [*answer_headers, *json_fields(body)]})
         await send({"type": "http.response.body", "body": body})
 
 
 async def _create_event(state: State, caller: Key, headers: Headers, receive: Receive, room: Room) -> Answer:
-    media_type = _media_type(headers)
-    if media_type == cloudevents.BATCH.encode():
+    parse = parser_of_one(headers)
+    if parse is None:
         return await _append_batch(state, caller, headers, receive, room, cloudevents.parse_batch)
-    if media_type == cloudevents.STRUCTURED.encode():
-        _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY)
-        parse: Callable[[bytes], EventIn] = cloudevents.parse_structured
-    elif media_type != b"application/json":
-        raise UnsupportedMediaType(f"Send application/json or {cloudevents.STRUCTURED}.")
-    elif b"ce-specversion" in headers:
-        _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY)
-        parse = lambda body: cloudevents.parse_binary(headers, body)  # noqa: E731
-    else:
-        parse = lambda body: _with_key(parse_event(body), headers)  # noqa: E731
     event = await _beside_others(parse, await read_body(headers, receive, room, MAX_BODY_BYTES))
-    trace_id = _trace_id(headers)
-    (prepared,) = _prepare(state, caller, [event], trace_id, _in_event)
+    one = prepare_one(state, caller, headers, event)
     try:
-        appended = await _append(state, [prepared])
+        appended = await _append(state, [one.prepared])
     except IdempotencyConflict:
         raise IdempotencyConflict() from None  # which event it was needs no saying
-    event_id = appended.ids[0]
-    location = (b"location", b"/events/%d" % event_id)
     if appended.replayed:
-        return 200, [location, (b"idempotent-replay", b"true")], await _first_answer(state, event_id, caller.tenant)
-    members = {
-        **event.__dict__,
-        "id": event_id,
-        "timestamp": prepared.timestamp,
-        "trace_id": event.trace_id or trace_id,
-        "recorded_at": appended.recorded_at,
-        "redacted_at": None,
-    }
-    return 201, [location], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
+        return await replay(state, caller, appended.ids[0])
+    return one.created(appended)
+
+
+def parser_of_one(headers: Headers) -> Callable[[bytes], EventIn] | None:
+    """What reads the one event that the headers announce, in whichever format; None where they announce a batch."""
+    media_type = _media_type(headers)
+    if media_type == b"application/json" and b"ce-specversion" not in headers:
+        return lambda body: _with_key(parse_event(body), headers)
+    if media_type == cloudevents.BATCH.encode():
+        return None
+    if media_type not in (b"application/json", cloudevents.STRUCTURED.encode()):
+        raise UnsupportedMediaType(f"Send application/json or {cloudevents.STRUCTURED}.")
+    _refuse_key(headers, _CLOUDEVENT_HAS_A_KEY)
+    if media_type == b"application/json":
+        return lambda body: cloudevents.parse_binary(headers, body)
+    return cloudevents.parse_structured
+
+
+@dataclass(frozen=True, slots=True)
+class One:
+    """One event, ready to append."""
+
+    event: EventIn
+    trace_id: str | None  # the request's
+    prepared: Prepared
+
+    def created(self, appended: Appended) -> Answer:
+        event_id = appended.ids[0]
+        members = {
+            **self.event.__dict__,
+            "id": event_id,
+            "timestamp": self.prepared.timestamp,
+            "trace_id": self.event.trace_id or self.trace_id,
+            "recorded_at": appended.recorded_at,
+            "redacted_at": None,
+        }
+        return 201, [_location(event_id)], orjson.dumps({name: members[name] for name in PUBLIC_FIELDS})
+
+
+def prepare_one(state: State, caller: Key, headers: Headers, event: EventIn) -> One:
+    trace_id = _trace_id(headers)
+    (prepared,) = _prepare(state, caller, [event], trace_id, _in_event)
+    return One(event, trace_id, prepared)
+
+
+async def replay(state: State, caller: Key, event_id: int) -> Answer:
+    """The event that a repeated key stands for."""
+    row = await state.database.in_thread(lookup.find_event, state.database, event_id, caller.tenant)
+    body = Event.model_validate(row).model_dump_json().encode()
+    return 200, [_location(event_id), (b"idempotent-replay", b"true")], body
+
+
+def _location(event_id: int) -> tuple[bytes, bytes]:
+    return b"location", b"/events/%d" % event_id
+
+
+def json_fields(body: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    return (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))
 
 
 async def _create_events(state: State, caller: Key, headers: Headers, receive: Receive, room: Room) -> Answer:
@@ -172,12 +208,6 @@ async def _append(state: State, prepared: Sequence[Prepared]) -> Appended:
     appended: Appended = await state.writer.append(prepared)
     state.metrics.events.inc(len(prepared) - len(appended.replayed))
     return appended
-
-
-async def _first_answer(state: State, event_id: int, tenant: str | None) -> bytes:
-    """The event that a repeated key stands for."""
-    row = await state.database.in_thread(lookup.find_event, state.database, event_id, tenant)
-    return Event.model_validate(row).model_dump_json().encode()
 
 
 def _keep_within(caller: Key, events: Sequence[EventIn], locate: Locate) -> None:

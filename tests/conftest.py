@@ -35,6 +35,7 @@ from config import ROOT, Settings
 from db import Database, embedded_binaries
 from ledger.notes import generate_signer
 from main import create_app
+from server import OneWriteProtocol
 
 SIGNER = generate_signer("audit.test/log")
 API_KEY = "test-key-of-the-suite"
@@ -243,13 +244,16 @@ def settings_for(url: URL, **changes: Any) -> Settings:
 
 
 @contextmanager
-def running_app(settings: Settings, app: FastAPI | None = None) -> Iterator[httpx.Client]:
+def running_app(
+    settings: Settings, app: FastAPI | None = None, protocol: Any = OneWriteProtocol
+) -> Iterator[httpx.Client]:
     """The app behind a real HTTP server on a free port, with a client that presents the suite's key."""
     # asyncio turns Nagle's algorithm off only where the socket says that it is TCP.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app or create_app(settings), log_config=None, access_log=False))
+        config = uvicorn.Config(app or create_app(settings), http=protocol, log_config=None, access_log=False)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         base_url = "http://{}:{}".format(*listener.getsockname())
