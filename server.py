@@ -127,6 +127,7 @@ _PASSED_ON = (
     "pause_reading",
     "resume_reading",
     "set_protocol",
+    "writelines",  # of what is whole: leaves at once
 )
 
 

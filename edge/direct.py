@@ -114,7 +114,7 @@ class DirectProtocol(BoundedProtocol):
         if request.disconnected:
             return
         headers = [*self.server_state.default_headers, *headers]
-        self.transport.write(answer_bytes(status, headers, body, is_last=not request.keep_alive))
+        self.transport.writelines([answer_bytes(status, headers, body, is_last=not request.keep_alive)])
         if not request.keep_alive:
             self.transport.close()
         self.on_response_complete()

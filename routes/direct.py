@@ -64,6 +64,9 @@ class DirectWrites:
                 is_taken = self._take(request)
             except Problem:
                 is_taken = False
+            except Exception:
+                logger.exception("an event could not be taken the short way")
+                is_taken = False
             if not is_taken:
                 request.decline()
 
@@ -72,6 +75,7 @@ class DirectWrites:
         state, scope = self._app.state, request.scope
         scope["app"] = self._app
         started = self._telemetry.begin(scope)
+        scope["state"]["route"] = scope["path"]
         headers = dict(scope["headers"])
         caller = admit_at_once(scope, headers)
         parse = writes.parser_of_one(headers)
@@ -83,10 +87,17 @@ class DirectWrites:
             room(len(request.body))
             state.writer.submit([one.prepared], partial(self._settle, _Taken(request, started, caller, one, room)))
             room.keep()
+        request.body = b""
         return True
 
     def _settle(self, taken: _Taken, result: Appended | Problem) -> None:
         taken.room.release()
+        try:
+            self._conclude(taken, result)
+        except Exception:
+            self._fail(taken)
+
+    def _conclude(self, taken: _Taken, result: Appended | Problem) -> None:
         if isinstance(result, IdempotencyConflict):
             result = IdempotencyConflict()  # which event it was needs no saying
         if isinstance(result, Problem):
@@ -105,9 +116,12 @@ class DirectWrites:
         except Problem as problem:
             self._refuse(taken, problem)
         except Exception:
-            request_id = taken.request.scope["state"]["request_id"]
-            logger.exception("unhandled exception", extra={"fields": {"request_id": request_id}})
-            self._refuse(taken, InternalError())
+            self._fail(taken)
+
+    def _fail(self, taken: _Taken) -> None:
+        request_id = taken.request.scope["state"]["request_id"]
+        logger.exception("unhandled exception", extra={"fields": {"request_id": request_id}})
+        self._refuse(taken, InternalError())
 
     def _refuse(self, taken: _Taken, problem: Problem) -> None:
         response = problems.respond_to(StarletteRequest(taken.request.scope), problem)
