@@ -177,6 +177,9 @@ async def admit(scope: Any, headers: Mapping[bytes, bytes]) -> Key:
 
 def admit_at_once(scope: Any, headers: Mapping[bytes, bytes]) -> Key | None:
     """The same without waiting: None where the database must be asked, or a proxy tells the caller's address."""
+    if (admitted := scope["state"].get("caller")) is not None:
+        known: Key = admitted
+        return known
     state = scope["app"].state
     limits: Limits = state.limits
     if state.settings.trusted_proxies and limits.has_failures():

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from edge.connections import BoundedProtocol, answer_bytes
 from edge.headers import Headers
 
-MAX_AWAITED_BYTES = 16 * 1024  # of a body whose caller nobody has looked at yet
+MAX_AWAITED_BYTES = 16 * 1024  # of a body that nobody counts yet
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +49,9 @@ class Direct(Protocol):
     def offer(self, request: Request) -> None:
         """Take the request, which is whole: answer() or decline() it later, on the event loop."""
 
+    def expects(self, request: Request) -> bool:
+        """Whether its caller may send the rest of the body."""
+
 
 class DirectProtocol(BoundedProtocol):
     """Offers the app each request that it wants, once it is whole."""
@@ -58,7 +61,8 @@ class DirectProtocol(BoundedProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if (coming := self._coming) is not None and not _is_short(coming):
+        coming = self._coming
+        if coming is not None and not (_is_short(coming) and self.app_state["direct"].expects(coming)):
             self._go_the_usual_way(coming)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,7 +72,7 @@ class DirectProtocol(BoundedProtocol):
 
     def overdue(self, now: float) -> bool:
         if self._coming is not None and self._coming is self._swept:
-            self._go_the_usual_way(self._coming)  # which tells the caller, before the body has come, if it is refused
+            self._go_the_usual_way(self._coming)  # where what trickles in is counted
         self._swept = self._coming
         return super().overdue(now)
 

@@ -7,11 +7,11 @@ nobody holds the lock while this process thinks, and recorded_at, ids and keys a
 import os
 from collections import deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from psycopg2.extensions import connection as Connection
@@ -28,8 +28,7 @@ _APPEND_EVENTS = (
 _NONCES_DRAWN = 256  # at once
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """An event ready to append but for its id and the moment: all that can be made before the lock is held."""
 
     row: bytes  # JSON for append_events()
@@ -39,8 +38,7 @@ class Prepared:
     weight: int  # how long PostgreSQL holds the lock for it, next to others: see _weigh()
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(NamedTuple):
     """Events that are appended all or none. An event whose key comes twice in it is sent once."""
 
     events: Sequence[Prepared]
@@ -49,13 +47,12 @@ class Submission:
     weight: int
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """Where a submission's events stand in the log. Ids of repeated keys are those of the first time."""
 
     ids: Sequence[int]
     recorded_at: str  # RFC 3339
-    replayed: frozenset[int] = field(default_factory=frozenset)  # indexes of events that were known already
+    replayed: frozenset[int] = frozenset()  # indexes of events that were known already
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ What is wrong with a request is said on the usual way.
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from fastapi import FastAPI
 from starlette.requests import Request as StarletteRequest
@@ -24,8 +24,7 @@ from telemetry import Telemetry
 logger = logging.getLogger("audit.errors")
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
+class _Taken(NamedTuple):
     """A request whose event is with the writer."""
 
     request: Request
@@ -56,6 +55,14 @@ class DirectWrites:
         if not self._offered:
             self._loop.call_soon(self._take_offered)
         self._offered.append(request)
+
+    def expects(self, request: Request) -> bool:
+        """See edge.direct.Direct."""
+        request.scope["app"] = self._app
+        try:
+            return admit_at_once(request.scope, dict(request.scope["headers"])) is not None
+        except Problem:
+            return False
 
     def _take_offered(self) -> None:
         offered, self._offered = self._offered, []

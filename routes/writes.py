@@ -5,9 +5,8 @@ Every format ends in one list of events, which is appended whole. routes/events.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import orjson
 from starlette.datastructures import State
@@ -109,8 +108,7 @@ def parser_of_one(headers: Headers) -> Callable[[bytes], EventIn] | None:
     return cloudevents.parse_structured
 
 
-@dataclass(frozen=True, slots=True)
-class One:
+class One(NamedTuple):
     """One event, ready to append."""
 
     event: EventIn

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import re
+import select
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from config import Rate
 from db import Database
+from edge import connections
+from ingest import writer
 from ingest.append import Appended, prepare_event
 from ingest.records import SERVICE
 from ingest.writer import Writer
@@ -190,3 +194,33 @@ def test_what_fails_in_one_answer_keeps_it_from_nobody_else(database: Database) 
             await writer.stop()
 
     assert isinstance(asyncio.run(append_two()), Appended)
+
+
+def test_who_has_no_key_is_told_before_the_body_has_come(
+    service: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "SWEEP_S", 3600)
+    head = b"POST /events HTTP/1.1\r\nHost: test\r\nX-API-Key: wrong\r\nContent-Length: 100\r\n\r\n{"
+    (answer,) = exchange(service, head)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_body_that_trickles_in_is_counted(service: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_HELD_BYTES", 40_000)
+    begun = b"POST /events HTTP/1.1\r\nHost: test\r\n%bContent-Length: 16000\r\n\r\n" % KEY + b" " * 15_000
+    with ExitStack() as stack:
+        address = service.base_url.host, service.base_url.port
+        slow = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2)]
+        for connection in slow:
+            connection.sendall(begun)
+        readable, _, _ = select.select(slow, [], [], 30)
+        refused = readable[0].recv(65_536)
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"This key sends" in refused
+        assert service.post("/events", json=LOGIN).status_code == 201
+
+
+def test_a_client_that_goes_in_the_middle_of_its_body_is_counted(service: httpx.Client) -> None:
+    with socket.create_connection((service.base_url.host, service.base_url.port)) as gone:
+        gone.sendall(post(KEY)[:-1])
+    line = 'audit_http_requests_total{method="POST",route="/events",status="None"} 1.0'
+    eventually(lambda: line in service.get("/metrics").text)
