@@ -100,8 +100,7 @@ def test_connections_are_dealt_out_to_the_workers(database_url: URL) -> None:
 def test_workers_interrupt_nobody_when_they_wake(database_url: URL) -> None:
     with service(database_url, free_port()) as running:
         eventually(running.is_ready)
-        threads = [thread.id for worker in running.workers() for thread in worker.threads()]
-        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+        assert {os.sched_getscheduler(worker.pid) for worker in running.workers()} == {os.SCHED_BATCH}
 
 
 def test_a_worker_that_dies_or_hangs_is_replaced(database_url: URL) -> None:
