@@ -25,7 +25,8 @@ class Request:
     keep_alive: bool
     _answer: Callable[["Request", int, Headers, bytes], None]
     _decline: Callable[["Request"], None]
-    body: bytes = b""
+    body: bytes = b""  # once it is whole
+    pieces: list[bytes] = field(default_factory=list)  # of a body, as they came; chunks may have a byte each
     more_body: bool = True
     response_started: bool = False
     response_complete: bool = False
@@ -92,7 +93,7 @@ class DirectProtocol(BoundedProtocol):
             super().on_body(body)
         else:
             self._head_bytes = 0
-            self._coming.body += body
+            self._coming.pieces.append(body)
 
     def on_message_complete(self) -> None:
         if (request := self._coming) is None:
@@ -100,6 +101,8 @@ class DirectProtocol(BoundedProtocol):
         else:
             self._coming = None
             request.more_body = False
+            request.body = b"".join(request.pieces)
+            request.pieces.clear()
             self.app_state["direct"].offer(request)
 
     def _is_wanted(self, direct: Direct) -> bool:
@@ -139,10 +142,10 @@ class DirectProtocol(BoundedProtocol):
             keep_alive=request.keep_alive,
             on_response=self.on_response_complete,
         )
-        cycle.body += request.body
+        cycle.body += request.body or b"".join(request.pieces)
         cycle.more_body = request.more_body
         cycle.disconnected = request.disconnected
-        if request.body or not request.more_body:
+        if cycle.body or not request.more_body:
             cycle.message_event.set()
         if self.cycle is request:  # type: ignore[comparison-overlap]  # and not one that came behind it
             self.cycle = cycle

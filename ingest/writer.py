@@ -58,11 +58,8 @@ _IDLE_S = 1.0
 
 # lock_timeout: how long others may hold the head. The plans: append_events() is planned once, by its indexes, for
 # statistics of an empty table would have it read a full one whole; and compiling it would cost more than it takes.
-# gin_pending_list_limit: one flush in many files the index entries that wait: of 4 MB, as usual, for 400 ms, of 1 MB
-# still for 174.
 _SESSION = (
     "SET lock_timeout = '10s'; SET statement_timeout = '30s'; SET synchronous_commit = on;"
-    " SET gin_pending_list_limit = '512kB';"
     " SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off"
 )
 _NEXT_ID = "SELECT first_id + size FROM ledger_head"

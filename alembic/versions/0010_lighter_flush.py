@@ -2,7 +2,8 @@
 
 What is known of the events before they are stored becomes a function of its own, asked only where an event has a key
 or the flush was sent before: a tenth of PostgreSQL's time for 32 events. A full tile looked at all leaves of the
-flush, which for 10,000 events took 43 ms. The tables stay as they are.
+flush, which for 10,000 events took 43 ms. Where events come one by one, few entries of the GIN index wait to be filed
+at once: at 6,000 POSTs a second the p99 fell from 30 to 8 ms. The tables stay as they are.
 """
 
 from alembic import context, op
@@ -94,6 +95,11 @@ BEGIN
         RAISE 'ledger_head is empty: restore it from a backup; it must not be made anew by hand';
     END IF;
     -- From here to the commit nobody else appends.
+    -- One flush in several files the index entries that wait, and all others wait for it: of 4 MB, as usual, for
+    -- 400 ms, of 512 kB for some 30. Large flushes take a fifth more events with the larger list.
+    PERFORM set_config(
+        'gin_pending_list_limit', CASE WHEN octet_length(events::text) < 262144 THEN '64kB' ELSE '512kB' END, true
+    );
     recorded_at := greatest(clock_timestamp(), head.recorded_at);
     next_id := head.first_id + head.size;
     IF starts IS NOT NULL OR retried_from IS NOT NULL THEN
