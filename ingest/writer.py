@@ -186,16 +186,16 @@ class Writer:
     def _run(self) -> None:
         piece: list[_Waiting] = []
         took_s = 0.0
-        while True:
+        while self._queue or not self._stopping:
             self._await_submissions(1, None)
             self._await_submissions(len(piece), min(took_s / 2, _MAX_LINGER_S))
             if not self._queue:
-                self._disconnect()
-                return
+                continue  # woken for what was in the last flush already, or to stop
             piece = self._take_piece()
             started = time.monotonic()
             self._loop.call_soon_threadsafe(self._tell, piece, self._settle(piece))
             took_s = time.monotonic() - started
+        self._disconnect()
 
     def _await_submissions(self, enough: int, timeout_s: float | None) -> None:
         """Return when so many are in the queue, when the time is over, or at once when told to stop."""

@@ -196,6 +196,21 @@ def test_what_fails_in_one_answer_keeps_it_from_nobody_else(database: Database) 
     assert isinstance(asyncio.run(append_two()), Appended)
 
 
+def test_the_writer_goes_on_when_it_was_woken_for_nothing(database: Database) -> None:
+    async def append_after_a_false_alarm() -> Appended:
+        writer = Writer(database, database)
+        writer._wake.set()
+        while writer._wake.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            event = EventIn(event_type="LOGIN", actor="alice")
+            return await asyncio.wait_for(writer.append([prepare_event(event, LONG_AGO)]), 30)
+        finally:
+            await writer.stop()
+
+    assert asyncio.run(append_after_a_false_alarm()).ids == [1]
+
+
 def test_who_has_no_key_is_told_before_the_body_has_come(
     service: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
