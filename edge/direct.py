@@ -17,6 +17,10 @@ from edge.headers import Headers
 MAX_AWAITED_BYTES = 16 * 1024  # of a body that nobody counts yet
 
 
+def _over(*_: object) -> None:
+    """In the place of a callback that was called: once is enough, and it would keep its connection in memory."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request for the app. Stands in the place of uvicorn's RequestResponseCycle, as far as that is asked."""
@@ -34,12 +38,20 @@ class Request:
     message_event: asyncio.Event = field(default_factory=asyncio.Event)
 
     def answer(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer it; nobody may be there any more to hear it."""
-        self._answer(self, status, headers, body)
+        """Answer it, if it was not answered yet; nobody may be there any more to hear it."""
+        answer = self._answer
+        self.let_go()
+        answer(self, status, headers, body)
 
     def decline(self) -> None:
         """Let the app answer it as usual: nothing was done."""
-        self._decline(self)
+        decline = self._decline
+        self.let_go()
+        decline(self)
+
+    def let_go(self) -> None:
+        """Of the connection, which has it no more."""
+        self._answer = self._decline = _over
 
 
 class Direct(Protocol):
@@ -118,7 +130,7 @@ class DirectProtocol(BoundedProtocol):
 
     def _answer(self, request: Request, status: int, headers: Headers, body: bytes) -> None:
         request.response_complete = True
-        if request.disconnected:
+        if request.disconnected or self.transport.is_closing():
             return
         headers = [*self.server_state.default_headers, *headers]
         self.transport.writelines([answer_bytes(status, headers, body, is_last=not request.keep_alive)])
@@ -128,7 +140,8 @@ class DirectProtocol(BoundedProtocol):
 
     def _go_the_usual_way(self, request: Request) -> None:
         """With as much of it as has come."""
-        self._coming = None
+        request.let_go()
+        self._coming = self._swept = None
         cycle = RequestResponseCycle(
             scope=request.scope,
             transport=self.transport,

@@ -184,17 +184,19 @@ class Writer:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        piece: list[_Waiting] = []
+        expected = 0
         took_s = 0.0
         while self._queue or not self._stopping:
             self._await_submissions(1, None)
-            self._await_submissions(len(piece), min(took_s / 2, _MAX_LINGER_S))
+            self._await_submissions(expected, min(took_s / 2, _MAX_LINGER_S))
             if not self._queue:
                 continue  # woken for what was in the last flush already, or to stop
             piece = self._take_piece()
             started = time.monotonic()
             self._loop.call_soon_threadsafe(self._tell, piece, self._settle(piece))
             took_s = time.monotonic() - started
+            expected = len(piece)
+            del piece  # and with it those whom it told
         self._disconnect()
 
     def _await_submissions(self, enough: int, timeout_s: float | None) -> None:

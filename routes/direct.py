@@ -60,9 +60,10 @@ class DirectWrites:
         """See edge.direct.Direct."""
         request.scope["app"] = self._app
         try:
-            return admit_at_once(request.scope, dict(request.scope["headers"])) is not None
+            caller = admit_at_once(request.scope, dict(request.scope["headers"]))
         except Problem:
             return False
+        return caller is not None and "write" in caller.scopes
 
     def _take_offered(self) -> None:
         offered, self._offered = self._offered, []

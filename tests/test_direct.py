@@ -1,6 +1,7 @@
 """The short way of POST /events: it answers as the usual way does, whatever a client sends and however it comes."""
 
 import asyncio
+import gc
 import json
 import re
 import select
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from config import Rate
 from db import Database
 from edge import connections
+from edge.direct import DirectProtocol, Request
 from ingest import writer
 from ingest.append import Appended, prepare_event
 from ingest.records import SERVICE
@@ -218,6 +220,50 @@ def test_who_has_no_key_is_told_before_the_body_has_come(
     head = b"POST /events HTTP/1.1\r\nHost: test\r\nX-API-Key: wrong\r\nContent-Length: 100\r\n\r\n{"
     (answer,) = exchange(service, head)
     assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def test_who_may_not_write_is_told_before_the_body_has_come(
+    service: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = service.post("/keys", json={"name": "reports", "scopes": ["read"]}).json()["key"].encode()
+    head = b"POST /events HTTP/1.1\r\nHost: test\r\nX-API-Key: %b\r\nContent-Length: 100\r\n\r\n" % reader
+    assert exchange(service, head)[0].startswith(b"HTTP/1.1 403 ")  # once the key is looked up
+    monkeypatch.setattr(connections, "SWEEP_S", 3600)
+    (answer,) = exchange(service, head + b"{")
+    assert answer.startswith(b"HTTP/1.1 403 ")
+
+
+def test_an_event_in_front_of_garbage_is_counted(service: httpx.Client) -> None:
+    behind = b"GET /events/count HTTP/1.1\r\nHost: test\r\n" + KEY + b"\r\n" + b"\0\0"
+    assert exchange(service, post(KEY) + behind, answers=2) == []
+    line = 'audit_http_requests_total{method="POST",route="/events",status="201"} 1.0'
+    eventually(lambda: line in service.get("/metrics").text)
+    assert service.get("/events/count").json()["count"] == 1
+
+
+def test_a_request_is_answered_once() -> None:
+    answers: list[int] = []
+    request = Request({}, True, lambda _, status, *__: answers.append(status), lambda _: answers.append(0))
+    request.answer(201, (), b"")
+    request.answer(500, (), b"")
+    request.decline()
+    assert answers == [201]
+
+
+def test_a_connection_that_is_over_leaves_nothing_to_the_garbage_collector(service: httpx.Client) -> None:
+    def alive() -> int:
+        return sum(isinstance(each, DirectProtocol | Request) for each in gc.get_objects())
+
+    exchange(service, post(KEY + b"Connection: close\r\n"))
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        for _ in range(5):
+            exchange(service, post(KEY + b"Connection: close\r\n"))
+        eventually(lambda: alive() <= before)
+    finally:
+        gc.enable()
 
 
 def test_a_body_that_trickles_in_is_counted(service: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
