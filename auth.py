@@ -177,8 +177,8 @@ async def admit(scope: Any, headers: Mapping[bytes, bytes]) -> Key:
 
 def admit_at_once(scope: Any, headers: Mapping[bytes, bytes]) -> Key | None:
     """The same without waiting: None where the database must be asked, or a proxy tells the caller's address."""
-    if (admitted := scope["state"].get("caller")) is not None:
-        known: Key = admitted
+    known: Key | None = scope["state"].get("caller")
+    if known is not None:
         return known
     state = scope["app"].state
     limits: Limits = state.limits

@@ -193,7 +193,7 @@ class Writer:
                 continue  # woken for what was in the last flush already, or to stop
             piece = self._take_piece()
             started = time.monotonic()
-            self._loop.call_soon_threadsafe(self._tell, piece, self._settle(piece))
+            self._loop.call_soon_threadsafe(self._tell, piece, self._results_of(piece))
             took_s = time.monotonic() - started
             expected = len(piece)
             del piece  # and with it those whom it told
@@ -234,7 +234,7 @@ class Writer:
             keys |= submission.keys
         return piece
 
-    def _settle(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
+    def _results_of(self, piece: Sequence[_Waiting], retried_from: int | None = None) -> list[Outcome | Problem]:
         """One result for each submission, whatever happens: nobody waits for ever."""
         try:
             return self._flush_piece(piece, retried_from)
@@ -262,7 +262,7 @@ class Writer:
         if len(piece) == 1 or _lacks_partition(refusal):
             raise problem_of(refusal) from None
         middle = len(piece) // 2
-        return [*self._settle(piece[:middle], retried_from), *self._settle(piece[middle:], retried_from)]
+        return [*self._results_of(piece[:middle], retried_from), *self._results_of(piece[middle:], retried_from)]
 
     def _append(self, piece: Sequence[_Waiting], retried_from: int | None) -> list[Outcome | Problem]:
         """One flush, and once more where a month was missing that can be made."""

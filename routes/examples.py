@@ -91,7 +91,7 @@ RELEASED_HOLD = {**HOLD, "released_by": "legal", "released_at": "2027-03-01T12:0
 
 REDACTION = {"redaction": None, "dry_run": True, "count": 1201, "held": 0, "remaining": 1201}
 
-READY = {"status": "ready", "revision": "0009"}
+READY = {"status": "ready", "revision": "0010"}
 METRICS = "audit_events_recorded_total 2.0\n"
 
 
